@@ -1,0 +1,232 @@
+"""Settings, read once from the Celery app's configuration and the environment.
+
+A setting ``llmtasks_<name>`` of the app wins over the environment variable ``LLMTASKS_<NAME>``, which wins over the default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from llmtasks.errors import ConfigurationError, InvalidOptionError, nearest
+
+T = TypeVar("T")
+
+#: Linux refuses a unix socket path of 108 bytes or more, macOS one of 104 (``sun_path``).
+SOCKET_PATH_LIMIT: Final = 103
+#: Coroutines or processes that run at once where ``max_workers`` is ``"auto"``.
+AUTO_WORKERS: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDefaults:
+    """What a task function gets where its registration says nothing (``TASK_CONFIG``).
+
+    Attributes:
+        max_workers: How many runs a worker executes at once; ``"auto"`` is 4.
+        default_timeout: Seconds that one attempt may take.
+        max_retries: Attempts after the first.
+        retry_delay: Seconds between attempts.
+    """
+
+    max_workers: int | str = "auto"
+    default_timeout: float = 3600
+    max_retries: int = 3
+    retry_delay: float = 300
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> TaskDefaults:
+        """Check a ``TASK_CONFIG`` mapping.
+
+        Raises:
+            InvalidOptionError: A key is unknown or a value is out of range.
+        """
+        known = [item.name for item in fields(cls)]
+        for key in config:
+            if key not in known:
+                near = nearest(str(key), known)
+                hint = f"Did you mean {near[0]!r}?" if near else ""
+                raise InvalidOptionError("TASK_CONFIG", key, f"only the keys {', '.join(known)}", hint)
+        workers = config.get("max_workers", "auto")
+        if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+            raise InvalidOptionError("TASK_CONFIG['max_workers']", workers, 'a whole number from 1, or "auto"')
+        _number(config, "default_timeout", above=0)
+        _number(config, "retry_delay", least=0)
+        retries = config.get("max_retries", 0)
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            raise InvalidOptionError("TASK_CONFIG['max_retries']", retries, "a whole number from 0")
+        return cls(**config)
+
+    @property
+    def concurrency(self) -> int:
+        """``max_workers`` as a number."""
+        return AUTO_WORKERS if isinstance(self.max_workers, str) else self.max_workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that can be set, with its default. Durations are in seconds.
+
+    Attributes:
+        app: The name under which schedules and runs of this application are kept apart from others in one database.
+        home: The data directory (SQLite file, embedded broker); ``None`` where nothing needs it.
+        database_url: SQLAlchemy URL of the schedules and the ledger.
+        broker_url: Celery's broker.
+        result_url: Celery's result backend.
+        timezone: Celery's ``timezone`` if the app sets one: the default zone of cron expressions.
+        tasks: Defaults of task functions.
+        heartbeat: How often a worker stamps the runs it holds.
+        lease: A run whose stamp is older than this is lost.
+        cancel_poll: How often a worker looks for cancel requests of what it runs.
+        outbox_patience: A message unpublished for this long is taken over by any keeper.
+        keep_runs_days: Finished runs are kept this many days.
+        keep_bytes: Arguments and results of a delivered run are cut to this many characters each.
+        shutdown_grace: After SIGTERM a worker lets its runs go on for this long, then puts them back.
+    """
+
+    app: str
+    home: Path | None
+    database_url: str
+    broker_url: str
+    result_url: str
+    timezone: str | None = None
+    tasks: TaskDefaults = field(default_factory=TaskDefaults)
+    heartbeat: float = 3.0
+    lease: float = 12.0
+    cancel_poll: float = 0.5
+    outbox_patience: float = 3.0
+    keep_runs_days: float = 30.0
+    keep_bytes: int = 10_000
+    shutdown_grace: float = 20.0
+
+    @property
+    def lease_time(self) -> timedelta:
+        """``lease`` as a timedelta."""
+        return timedelta(seconds=self.lease)
+
+
+def read(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings of the app whose configuration is ``conf``.
+
+    Args:
+        conf: Celery's ``app.conf`` or any mapping; ``None`` reads the environment alone.
+        environ: The environment; defaults to the process's.
+
+    Raises:
+        ConfigurationError: A value is wrong, or the data directory is needed and nothing says where it is.
+    """
+    conf = {} if conf is None else conf
+    environ = os.environ if environ is None else environ
+
+    def get(name: str, kind: Callable[[Any], T], default: T) -> T:
+        value = conf.get(f"llmtasks_{name}")
+        source = f"llmtasks_{name}"
+        if value is None:
+            source = f"LLMTASKS_{name.upper()}"
+            value = environ.get(source) or None
+        if value is None:
+            return default
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            raise InvalidOptionError(source, value, f"a {kind.__name__}") from None
+
+    home_value = get("home", str, "")
+    home = Path(home_value).expanduser().absolute() if home_value else _home_beside_configuration()
+
+    def in_home(what: str) -> Path:
+        if home is None:
+            raise ConfigurationError(
+                f"no {what} is set and there is no celeryconfig.py beside which to keep data: set LLMTASKS_HOME to a "
+                "directory, or both LLMTASKS_DATABASE_URL and LLMTASKS_BROKER_URL"
+            )
+        return home
+
+    database_url = get("database_url", str, "") or f"sqlite:///{in_home('database') / 'llmtasks.db'}"
+    broker_url = (
+        get("broker_url", str, "") or str(conf.get("broker_url") or "") or f"redis+socket://{socket_path(in_home('broker'))}"
+    )
+    result_url = get("result_url", str, "") or str(conf.get("result_backend") or "") or _result_url(broker_url, database_url)
+    settings = Settings(
+        app=get("app", str, "") or str(conf.get("main") or "") or "llmtasks",
+        home=home,
+        database_url=_with_driver(database_url),
+        broker_url=broker_url,
+        result_url=result_url,
+        timezone=conf.get("timezone"),
+        tasks=TaskDefaults.read(conf.get("TASK_CONFIG") or {}),
+        heartbeat=get("heartbeat", float, 3.0),
+        lease=get("lease", float, 12.0),
+        cancel_poll=get("cancel_poll", float, 0.5),
+        outbox_patience=get("outbox_patience", float, 3.0),
+        keep_runs_days=get("keep_runs_days", float, 30.0),
+        keep_bytes=get("keep_bytes", int, 10_000),
+        shutdown_grace=get("shutdown_grace", float, 20.0),
+    )
+    if settings.lease < 2 * settings.heartbeat:
+        raise InvalidOptionError(
+            "LLMTASKS_LEASE", settings.lease, f"at least twice the heartbeat of {settings.heartbeat} s"
+        )
+    return settings
+
+
+def socket_path(home: Path) -> Path:
+    """Where the embedded broker of data directory ``home`` listens.
+
+    Inside the directory if the path is short enough for a unix socket, else in the user's runtime directory or the
+    system's temporary one, under a name made from the directory's.
+    """
+    beside = home / "broker.sock"
+    if len(os.fsencode(beside)) <= SOCKET_PATH_LIMIT:
+        return beside
+    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return Path(runtime) / f"llmtasks-{os.getuid()}-{digest}" / "broker.sock"
+
+
+def is_redis(url: str) -> bool:
+    """Whether ``url`` names a Redis or Valkey server."""
+    return url.split(":", 1)[0].split("+", 1)[0] in {"redis", "rediss", "valkey", "valkeys"}
+
+
+def _result_url(broker_url: str, database_url: str) -> str:
+    """The broker itself where it can keep results (pushed, not polled), else the database."""
+    return broker_url if is_redis(broker_url) else f"db+{database_url}"
+
+
+def _with_driver(url: str) -> str:
+    """``postgresql://`` means psycopg 3 and ``mysql://`` PyMySQL: the drivers that our extras install."""
+    scheme, separator, rest = url.partition("://")
+    driver = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
+    return driver.get(scheme, scheme) + separator + rest
+
+
+def _home_beside_configuration() -> Path | None:
+    """``.llmtasks/`` beside the module that configures Celery, or None where there is no such module."""
+    name = os.environ.get("CELERY_CONFIG_MODULE") or "celeryconfig"
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        try:
+            found = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            found = None
+        file = found.origin if found else None
+    return Path(file).absolute().parent / ".llmtasks" if file else None
+
+
+def _number(config: Mapping[str, Any], key: str, *, above: float | None = None, least: float | None = None) -> None:
+    value = config.get(key, 1)
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if above is not None and (not good or value <= above):
+        raise InvalidOptionError(f"TASK_CONFIG[{key!r}]", value, f"seconds above {above}")
+    if least is not None and (not good or value < least):
+        raise InvalidOptionError(f"TASK_CONFIG[{key!r}]", value, f"seconds from {least}")
