@@ -1,0 +1,1 @@
+"""A small RAG application on llmtasks: it reads documents and mail, answers questions, and reports."""
