@@ -1,0 +1,110 @@
+"""What all tests stand on: a clean environment, real servers on demand, logs of processes in failure reports."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from tests import children
+from tests.servers import PostgreSQL, ServerUnavailable, Valkey, postgresql, valkey
+
+IN_CI = bool(os.environ.get("CI")) or os.environ.get("LLMTASKS_CI") == "1"
+
+#: The databases that a test with ``database_url`` runs on. A server's name is its mark and begins the name of its
+#: session fixture: one more is a name here, a mark in pyproject.toml and a fixture ``<name>_server``.
+DATABASES = ["sqlite", "postgresql"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--docker",
+        action="store_true",
+        help="run pytest-celery's nodes in its own containers (default: as local processes)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Settings of the developer's shell must not reach the tests. Their own are LLMTASKS_CI and the fixtures'.
+    for name in [name for name in os.environ if name.startswith(("LLMTASKS_", "CELERY_", "FLOWER_"))]:
+        if name != "LLMTASKS_CI":
+            del os.environ[name]
+    _stop_in_order_on_sigterm()
+    if not config.getoption("--docker"):
+        from tests import nodes
+
+        # Registered last, its fixtures replace those of the same name in pytest-celery.
+        config.pluginmanager.register(nodes, "llmtasks-local-nodes")
+
+
+def _stop_in_order_on_sigterm() -> None:
+    """SIGTERM ends the run as Ctrl-C does, so that fixtures stop what they started."""
+    tests_pid = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != tests_pid:  # a fork of the tests, which has no fixtures to end
+            os._exit(128 + number)
+        pytest.exit("terminated", returncode=128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Show the ends of the processes' logs with a failure."""
+    report = yield
+    if report.failed:  # type: ignore[attr-defined]
+        for child in children.STARTED:
+            state = "running" if child.running else f"ended with {child.process.returncode}"
+            title = f"log of {child.name} (pid {child.pid}, {state}): {child.log_path}"
+            report.sections.append((title, child.tail()))  # type: ignore[attr-defined]
+    return report
+
+
+def pytest_runtest_logfinish() -> None:
+    children.forget_ended()
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """One Valkey server for the session; a test that kills or fills it starts its own with ``tests.servers.valkey``."""
+    try:
+        with valkey(tmp_path_factory.mktemp("valkey")) as server:
+            yield server
+    except ServerUnavailable as absent:
+        _do_without(absent)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
+    """One PostgreSQL server for the session; tests share it by databases of their own."""
+    try:
+        with postgresql(tmp_path_factory.mktemp("postgresql")) as server:
+            yield server
+    except ServerUnavailable as absent:
+        _do_without(absent)
+
+
+def _do_without(absent: ServerUnavailable) -> None:
+    """Skip here, where a developer may lack a service; fail in CI, where a skip would hide it."""
+    if IN_CI:
+        pytest.fail(f"absent in CI: {absent}")
+    pytest.skip(str(absent))
+
+
+def _parameters(names: list[str]) -> list[object]:
+    return [pytest.param(name, marks=() if name == "sqlite" else (getattr(pytest.mark, name),)) for name in names]
+
+
+@pytest.fixture(params=_parameters(DATABASES))
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The SQLAlchemy URL of an empty database: the test runs once on each of ``DATABASES``."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'llmtasks.db'}"
+        return
+    server = request.getfixturevalue(f"{request.param}_server")
+    url = server.create_database()
+    yield url
+    server.drop_database(url)

