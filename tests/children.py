@@ -34,6 +34,8 @@ class ChildProcess:
     Attributes:
         name: Names it in failure reports.
         log_path: Where its output goes; every start appends.
+        cwd: Its working directory.
+        environ: Its whole environment.
     """
 
     def __init__(
@@ -61,8 +63,8 @@ class ChildProcess:
         self.name = name
         self.log_path = log
         self._argv = [str(part) for part in argv]
-        self._cwd = cwd
-        self._environ = dict(os.environ if environ is None else environ)
+        self.cwd = cwd
+        self.environ = dict(os.environ if environ is None else environ)
         self._user = user
         self._death_signal = death_signal
         self._family: list[psutil.Process] = []
@@ -84,8 +86,8 @@ class ChildProcess:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self._argv,
-                cwd=self._cwd,
-                env=self._environ,
+                cwd=self.cwd,
+                env=self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -160,7 +162,7 @@ class ChildProcess:
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 kill()
         self.process.wait(30)
-        psutil.wait_procs(family, timeout=30)
+        wait_until(lambda: not any(lives(member) for member in family), 30, f"the children of {self.name} are gone")
 
     def kill_main(self) -> None:
         """SIGKILL the main process alone; its children find out by themselves."""
@@ -200,6 +202,14 @@ class ChildProcess:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         self._family.clear()
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs: one that only waits for init to collect its exit code is dead."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def forget_ended() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import celery._state
 import pytest
 
 from tests import children
@@ -32,11 +33,20 @@ def pytest_configure(config: pytest.Config) -> None:
         if name != "LLMTASKS_CI":
             del os.environ[name]
     _stop_in_order_on_sigterm()
+    _forget_the_app_of_pytest_celery()
     if not config.getoption("--docker"):
-        from tests import nodes
+        from tests import pytest_celery_nodes
 
         # Registered last, its fixtures replace those of the same name in pytest-celery.
-        config.pluginmanager.register(nodes, "llmtasks-local-nodes")
+        config.pluginmanager.register(pytest_celery_nodes, "llmtasks-local-nodes")
+
+
+def _forget_the_app_of_pytest_celery() -> None:
+    """pytest-celery, loaded into every run, made the app of its worker template current: undo that."""
+    from pytest_celery.vendors.worker.content import app as template
+
+    template.app.close()
+    celery._state._set_current_app(None)  # type: ignore[attr-defined]
 
 
 def _stop_in_order_on_sigterm() -> None:
@@ -74,7 +84,7 @@ def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
         with valkey(tmp_path_factory.mktemp("valkey")) as server:
             yield server
     except ServerUnavailable as absent:
-        _do_without(absent)
+        do_without(absent)
 
 
 @pytest.fixture(scope="session")
@@ -84,10 +94,10 @@ def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Post
         with postgresql(tmp_path_factory.mktemp("postgresql")) as server:
             yield server
     except ServerUnavailable as absent:
-        _do_without(absent)
+        do_without(absent)
 
 
-def _do_without(absent: ServerUnavailable) -> None:
+def do_without(absent: ServerUnavailable) -> None:
     """Skip here, where a developer may lack a service; fail in CI, where a skip would hide it."""
     if IN_CI:
         pytest.fail(f"absent in CI: {absent}")

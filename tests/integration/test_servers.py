@@ -11,6 +11,7 @@ import psycopg
 import pytest
 import redis
 
+from tests.children import lives
 from tests.servers import PostgreSQL, postgresql, valkey
 from tests.waiting import wait_until
 
@@ -91,4 +92,4 @@ def test_servers_die_with_a_killed_test_process(tmp_path: Path) -> None:
     holder.wait()
     holder.stdout.close()
 
-    wait_until(lambda: not any(member.is_running() for member in family), message="all servers are gone")
+    wait_until(lambda: not any(lives(member) for member in family), message="all servers are gone")

@@ -1,1 +1,0 @@
-"""pytest-celery's nodes as local processes."""

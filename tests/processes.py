@@ -1,0 +1,215 @@
+"""A project folder as an application author has it, and the real Celery processes that run in it."""
+
+import contextlib
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import celery._state
+import kombu.pools
+from celery import Celery
+
+from tests.children import ChildProcess
+from tests.servers import Valkey
+
+REPOSITORY = Path(__file__).parents[1]
+START_TIMEOUT = 90
+
+
+class CeleryProcess(ChildProcess):
+    """A ``celery worker``, ``celery beat`` or ``celery flower``.
+
+    Attributes:
+        ready: What it logs when it is ready for work.
+    """
+
+    ready: str
+
+    def wait_until_ready(self) -> None:
+        """Return when the latest start is ready for work."""
+        self.wait_for_log(self.ready, START_TIMEOUT)
+
+    def restart(self) -> None:
+        """Start it again with the same arguments; end it in order before that if it still runs."""
+        self.terminate()
+        self.start()
+        self.wait_until_ready()
+
+
+class Project:
+    """A folder with a Celery configuration and task modules; the processes started here end with it.
+
+    Attributes:
+        folder: The working directory of its processes; its data is in ``.llmtasks/`` there.
+        environ: Their environment. Change it before starting what should see the change.
+        broker: The Valkey server that is its broker.
+        database_url: The SQLAlchemy URL of its schedules and ledger.
+    """
+
+    def __init__(self, folder: Path, *, broker: Valkey, database_url: str, celeryconfig: str | None = None) -> None:
+        """Lay out the folder.
+
+        Args:
+            folder: Made if it does not exist.
+            broker: A server of its own, so that a test may kill it.
+            database_url: SQLAlchemy URL.
+            celeryconfig: Text of ``celeryconfig.py``; None copies the one at the top of the repository.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.broker = broker
+        self.database_url = database_url
+        self.environ = {
+            **os.environ,
+            "HOME": str(folder),
+            "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "LLMTASKS_HOME": str(folder / ".llmtasks"),
+            "LLMTASKS_BROKER_URL": broker.url,
+            "LLMTASKS_RESULT_URL": broker.url,
+            "LLMTASKS_DATABASE_URL": database_url,
+            "LLMTASKS_IMPORTS": "",
+        }
+        self._processes: list[CeleryProcess] = []
+        self._exit = contextlib.ExitStack()
+        self._app: Celery | None = None
+        if celeryconfig is None:
+            shutil.copy(REPOSITORY / "celeryconfig.py", folder)
+        else:
+            self.write("celeryconfig.py", celeryconfig)
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file of the project; ``text`` may be indented as a whole."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text), "utf-8")
+        return path
+
+    def tasks(self, text: str, module: str = "tasks") -> None:
+        """Write a module of task functions which every process of the project imports."""
+        self.write(f"{module.replace('.', '/')}.py", text)
+        imports = [name for name in self.environ["LLMTASKS_IMPORTS"].split(",") if name and name != module]
+        self.environ["LLMTASKS_IMPORTS"] = ",".join([*imports, module])
+
+    def celery(self, *arguments: str, ready: str, name: str) -> CeleryProcess:
+        """Start ``celery`` with ``arguments`` and wait until it logs ``ready``."""
+        argv = [sys.executable, "-m", "celery", *arguments]
+        log = self.folder / f"{name}.log"
+        process = CeleryProcess(argv, name=name, log=log, cwd=self.folder, environ=self.environ)
+        process.ready = ready
+        self._processes.append(process)
+        process.wait_until_ready()
+        return process
+
+    def worker(self, *arguments: str, concurrency: int = 2, pool: str | None = None) -> CeleryProcess:
+        """Start ``celery worker``, named ``worker-1@test`` and so on, and wait until it consumes."""
+        name = self._next_name("worker")
+        pools = [] if pool is None else ["-P", pool]
+        # Gossip and mingle let workers hear of each other, which costs a second at start.
+        quick = ["--without-gossip", "--without-mingle"]
+        options = ["-l", "INFO", "-n", f"{name}@test", "-c", str(concurrency), *pools, *quick]
+        return self.celery("worker", *options, *arguments, ready=f"{name}@test ready.", name=name)
+
+    def beat(self, *arguments: str) -> CeleryProcess:
+        """Start ``celery beat``."""
+        return self.celery("beat", "-l", "INFO", *arguments, ready="beat: Starting...", name=self._next_name("beat"))
+
+    def flower(self, port: int, *arguments: str) -> CeleryProcess:
+        """Start ``celery flower`` on a loopback port."""
+        options = ["--address=127.0.0.1", f"--port={port}", *arguments]
+        return self.celery("flower", *options, ready="Visit me at", name=self._next_name("flower"))
+
+    def _next_name(self, kind: str) -> str:
+        return f"{kind}-{sum(process.name.startswith(kind) for process in self._processes) + 1}"
+
+    def python(self, code: str, *, timeout: float = 60) -> str:
+        """Run ``code`` in a Python process of the project, configured like its workers.
+
+        Returns:
+            What it printed.
+
+        Raises:
+            AssertionError: It ended with an error; shows what it wrote.
+        """
+        done = self.run([sys.executable, "-c", textwrap.dedent(code)], timeout=timeout)
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def run(self, argv: list[str], *, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+        """Run a command in the project's folder and environment, to its end."""
+        return subprocess.run(argv, cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=timeout)
+
+    @property
+    def app(self) -> Celery:
+        """The project's Celery app in this process: current from the first use to the end of the test."""
+        if self._app is None:
+            self._app = self._exit.enter_context(app_in_this_process(self.folder, self.environ))
+        return self._app
+
+    def close(self) -> None:
+        """End all processes and leave this process as it was."""
+        for process in self._processes:
+            process.close()
+        self._exit.close()
+
+
+@contextlib.contextmanager
+def app_in_this_process(folder: Path, environ: Mapping[str, str]) -> Iterator[Celery]:
+    """Be a process of a project for a while: its directory, its environment, its default Celery app, its task modules.
+
+    All of it is taken back at the end, and so is what the project's modules registered with Celery and llmtasks, so
+    that the next test may register functions of the same names.
+    """
+    state: Any = celery._state
+    saved = state.default_app, state._tls.current_app, state._apps, Path.cwd(), list(sys.path), dict(os.environ)
+    os.environ.update({name: value for name, value in environ.items() if name.startswith("LLMTASKS_")})
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.modules.pop("celeryconfig", None)
+    importlib.invalidate_caches()
+    state.default_app = state._tls.current_app = None
+    state._apps = weakref.WeakSet()  # a shared task goes to all apps alive, and other tests' apps may know its name
+    app: Celery = state.get_current_app()
+    try:
+        app.loader.import_default_modules()
+        yield app
+    finally:
+        disconnect(app)
+        state.default_app, state._tls.current_app, state._apps, directory, sys.path[:], environment = saved
+        os.chdir(directory)
+        os.environ.clear()
+        os.environ.update(environment)
+        _forget_modules(folder)
+
+
+def disconnect(app: Any) -> None:
+    """Close what the app opened: sockets left to the garbage collector would warn in some later test."""
+    with contextlib.suppress(AttributeError):  # a backend without a server has none of these
+        app.backend.result_consumer.stop()
+        app.backend.client.connection_pool.disconnect()
+    app.close()
+    kombu.pools.reset()
+
+
+def _forget_modules(folder: Path) -> None:
+    names = {name for name, module in sys.modules.items() if _is_below(getattr(module, "__file__", None), folder)}
+    for name in names:
+        del sys.modules[name]
+    finalizers = cast("Any", celery._state)._on_app_finalizers
+    for callback in list(finalizers):
+        enclosed = [cell.cell_contents for cell in callback.__closure__ or ()]
+        if any(getattr(value, "__module__", None) in names for value in enclosed):
+            finalizers.discard(callback)
+
+
+def _is_below(file: str | None, folder: Path) -> bool:
+    return file is not None and Path(file).is_relative_to(folder)
