@@ -119,7 +119,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
 
 def own_documents() -> tuple[Path, ...]:
     """The documents of the project that this example belongs to."""
-    return (PROJECT / "docs", PROJECT / "examples", *sorted(PROJECT.glob("*.md")))
+    return (PROJECT / "docs", PROJECT / "examples" / "README.md", *sorted(PROJECT.glob("*.md")))
 
 
 def addresses(settings: Settings) -> Addresses:

@@ -12,6 +12,7 @@ import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Final
 
 from examples.ragapp.index import WORD
 
-SENTENCE: Final = re.compile(r"(?<=[.!?。！？])\s*|\n{2,}")
+SENTENCE: Final = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n{2,}")
 EXCERPT: Final = re.compile(r"^\[(\d+)\] ", re.MULTILINE)
 
 
@@ -121,19 +122,20 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def answer(prompt: str) -> str:
-    """The two sentences of the excerpts that share most words with the question, quoted with their numbers."""
+    """The two sentences of the excerpts that fit the question best, quoted with the numbers of their excerpts."""
     question, _, excerpts = prompt.partition("\n\nExcerpts:\n\n")
-    asked = set(_words(question.removeprefix("Question: ")))
+    asked = _words(question.removeprefix("Question: "))
     _, *numbered = EXCERPT.split(excerpts)
-    ranked = sorted(
-        (
-            (-len(asked & set(_words(sentence))), int(number), " ".join(sentence.split()))
-            for number, text in zip(numbered[::2], numbered[1::2], strict=True)
-            for sentence in SENTENCE.split(text.partition("\n")[2])
-            if 20 <= len(sentence) <= 400
-        ),
-    )
-    best = [f"{sentence} [{number}]" for shared, number, sentence in ranked[:2] if shared]
+    sentences = [
+        (int(number), " ".join(sentence.split()))
+        for number, text in zip(numbered[::2], numbered[1::2], strict=True)
+        for sentence in SENTENCE.split(text.partition("\n")[2])
+        if 20 <= len(sentence) <= 400
+    ]
+    # A word that few sentences have says more than one that many have.
+    found = Counter(word for _, sentence in sentences for word in asked & _words(sentence))
+    scored = [(sum(1 / found[word] for word in asked & _words(text)), number, text) for number, text in sentences]
+    best = [f"{text} [{number}]" for score, number, text in sorted(scored, key=lambda item: -item[0])[:2] if score]
     return " ".join(best) or "The excerpts do not answer this question."
 
 
@@ -150,5 +152,5 @@ def completion(number: int, model: str, prompt: str, text: str) -> dict[str, Any
     }
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in WORD.findall(text.lower()) if len(word) > 2 or not word.isascii()]
+def _words(text: str) -> set[str]:
+    return {word for word in WORD.findall(text.lower()) if len(word) > 2 or not word.isascii()}

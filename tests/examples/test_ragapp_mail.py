@@ -7,12 +7,12 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
-from imap_server import ImapServer
 
 from examples.ragapp import mail
 from examples.ragapp.index import Index
 from examples.ragapp.mail import Account, MailboxError
 from examples.ragapp.settings import Settings
+from tests.examples.imap_server import ImapServer
 
 
 def letter(subject: str, **attachments: str) -> EmailMessage:
