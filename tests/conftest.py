@@ -34,11 +34,24 @@ def pytest_configure(config: pytest.Config) -> None:
             del os.environ[name]
     _stop_in_order_on_sigterm()
     _forget_the_app_of_pytest_celery()
-    if not config.getoption("--docker"):
+    if config.getoption("--docker"):
+        _require_docker()
+        # Docker's client and pytest-docker-tools leave sockets to the garbage collector.
+        config.addinivalue_line("filterwarnings", "ignore:unclosed:ResourceWarning")
+    else:
         from tests import pytest_celery_nodes
 
         # Registered last, its fixtures replace those of the same name in pytest-celery.
         config.pluginmanager.register(pytest_celery_nodes, "llmtasks-local-nodes")
+
+
+def _require_docker() -> None:
+    import docker  # type: ignore[import-untyped]
+
+    try:
+        docker.from_env().ping()
+    except docker.errors.DockerException as error:
+        raise pytest.UsageError(f"--docker: no Docker engine answers here ({error})") from None
 
 
 def _forget_the_app_of_pytest_celery() -> None:
