@@ -47,9 +47,10 @@ def home():
 class Dev:
     """One ``llmtasks dev`` in a folder of its own."""
 
-    def __init__(self, folder: Path, *options: str, environ: dict[str, str]) -> None:
+    def __init__(self, folder: Path, *options: str, environ: dict[str, str], prelude: str = "pass") -> None:
+        python, flag, code = COMMAND
         self.child = ChildProcess(
-            [*COMMAND, *options],
+            [python, flag, f"{prelude}; {code}", *options],
             name="llmtasks dev",
             log=folder / "dev.log",
             cwd=folder,
@@ -105,10 +106,10 @@ def start(folder: Path) -> Iterator[Callable[..., Dev]]:
     started: list[Dev] = []
     with tempfile.TemporaryDirectory(prefix="home") as home:
 
-        def start_one(*options: str, procfile: str | None = None, **environ: str) -> Dev:
+        def start_one(*options: str, procfile: str | None = None, prelude: str = "pass", **environ: str) -> Dev:
             if procfile is not None:
                 (folder / "Procfile").write_text(procfile)
-            started.append(Dev(folder, *options, environ={"LLMTASKS_HOME": home, **environ}))
+            started.append(Dev(folder, *options, environ={"LLMTASKS_HOME": home, **environ}, prelude=prelude))
             return started[-1]
 
         yield start_one
@@ -282,6 +283,39 @@ def test_broker_of_the_users_own_is_used_and_none_is_started(start: Callable[...
     assert "not started: broker_url is redis://:**@localhost:1/0" in dev.said("note", process="broker")["text"]
     assert not dev.events("up", process="broker")
     assert "secret" not in dev.child.log()
+    assert dev.end(signal.SIGINT) == 0
+
+
+def test_without_flower_the_rest_comes_up_and_a_line_says_so(start: Callable[..., Dev]) -> None:
+    """The dashboard is an extra."""
+    procfile = "nap: sleep 1000\nflower: celery flower\n"
+    dev = start("--json", procfile=procfile, prelude="import sys; sys.modules['flower'] = None")
+    dev.said("ready")
+
+    assert "pip install 'llmtasks[flower]'" in dev.said("note", process="flower")["text"]
+    assert [event["process"] for event in dev.events("up")] == ["broker", "nap"]
+    assert dev.end(signal.SIGINT) == 0
+
+
+def test_dev_under_the_celery_command_hands_its_app_on(start: Callable[..., Dev], folder: Path) -> None:
+    """``celery -A app llmtasks dev``: broker and processes are those of that app."""
+    (folder / "celeryconfig.py").unlink()
+    (folder / "shop.py").write_text(
+        "import celery, os\nfrom llmtasks import settings\n"
+        "app = celery.Celery('shop', broker=settings.read().broker_url)\n"
+    )
+    # The celery command with `dev` in a group, as the package's plugin has it.
+    prelude = (
+        "import sys, click; from celery.bin.celery import celery; from llmtasks.cli.dev import dev as command; "
+        "group = click.Group('tasks', commands=[command]); celery.add_command(group); "
+        "sys.argv[1:] = ['-A', 'shop', 'tasks', 'dev', *sys.argv[1:]]; sys.path.insert(0, ''); celery()"
+    )
+
+    dev = start("--json", procfile="worker: celery worker --loglevel INFO\n", prelude=prelude)
+
+    dev.said("ready")
+    assert dev.said("up", process="broker")
+    assert any("app:         shop:" in event["line"] for event in dev.events("output"))
     assert dev.end(signal.SIGINT) == 0
 
 
