@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -83,7 +84,9 @@ class ChildProcess:
                 _prctl(_PR_SET_PDEATHSIG, number)
 
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-        with self.log_path.open("ab") as log:
+        with self.log_path.open("ab") as log, warnings.catch_warnings():
+            # Python 3.12 warns of a fork beside threads. What runs before exec here takes no lock.
+            warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
             self._process = subprocess.Popen(
                 self._argv,
                 cwd=self.cwd,

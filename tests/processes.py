@@ -17,7 +17,7 @@ import kombu.pools
 from celery import Celery
 
 from tests.children import ChildProcess
-from tests.servers import Valkey
+from tests.servers import Valkey, free_port
 
 REPOSITORY = Path(__file__).parents[1]
 START_TIMEOUT = 90
@@ -28,9 +28,11 @@ class CeleryProcess(ChildProcess):
 
     Attributes:
         ready: What it logs when it is ready for work.
+        url: Where it listens, if it does.
     """
 
     ready: str
+    url: str = ""
 
     def wait_until_ready(self) -> None:
         """Return when the latest start is ready for work."""
@@ -123,10 +125,13 @@ class Project:
         """Start ``celery beat``."""
         return self.celery("beat", "-l", "INFO", *arguments, ready="beat: Starting...", name=self._next_name("beat"))
 
-    def flower(self, port: int, *arguments: str) -> CeleryProcess:
-        """Start ``celery flower`` on a loopback port."""
+    def flower(self, *arguments: str, port: int | None = None) -> CeleryProcess:
+        """Start ``celery flower`` on a loopback port; its ``url`` says where."""
+        port = port or free_port()
         options = ["--address=127.0.0.1", f"--port={port}", *arguments]
-        return self.celery("flower", *options, ready="Visit me at", name=self._next_name("flower"))
+        process = self.celery("flower", *options, ready="Visit me at", name=self._next_name("flower"))
+        process.url = f"http://127.0.0.1:{port}"
+        return process
 
     def _next_name(self, kind: str) -> str:
         return f"{kind}-{sum(process.name.startswith(kind) for process in self._processes) + 1}"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,14 @@ def test_app_in_this_process_leaves_no_trace(project: Project) -> None:
     project.close()
 
     assert seen() == before
+
+
+def test_flower_answers_at_its_address(project: Project) -> None:
+    """Flower listens on a loopback port of its own when it is said to be ready."""
+    flower = project.flower()
+
+    with urllib.request.urlopen(f"{flower.url}/healthcheck", timeout=30) as answer:
+        assert answer.status == 200
 
 
 def test_worker_that_cannot_start_shows_its_log(project: Project) -> None:
