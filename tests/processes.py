@@ -189,6 +189,7 @@ def app_in_this_process(folder: Path, environ: Mapping[str, str]) -> Iterator[Ce
         yield app
     finally:
         disconnect(app)
+        _close_databases()
         state.default_app, state._tls.current_app, state._apps, directory, sys.path[:], environment = saved
         os.chdir(directory)
         os.environ.clear()
@@ -214,6 +215,18 @@ def _forget_modules(folder: Path) -> None:
         enclosed = [cell.cell_contents for cell in callback.__closure__ or ()]
         if any(getattr(value, "__module__", None) in names for value in enclosed):
             finalizers.discard(callback)
+    # Not imported here: tests of what llmtasks imports at all begin without it.
+    if registered := sys.modules.get("llmtasks.registry"):
+        registry = registered.task_registry
+        for name in registry.names():
+            if registry.function(name).__module__ in names:
+                del registry._functions[name], registry._options[name]
+
+
+def _close_databases() -> None:
+    if databases := sys.modules.get("llmtasks.store.database"):
+        for database in databases._databases.values():
+            database.close()
 
 
 def _is_below(file: str | None, folder: Path) -> bool:
