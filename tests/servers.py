@@ -50,7 +50,8 @@ class Valkey:
 
     Attributes:
         process: Its process.
-        url: The Celery broker URL of database 0.
+        port: Its loopback port, 0 with a socket.
+        socket: The path of its socket, empty with a port.
     """
 
     OPTIONS: ClassVar = {
@@ -65,7 +66,6 @@ class Valkey:
         """Start a server that keeps its data in ``folder``; ``unix`` listens on a socket instead of a port."""
         binary = _valkey_program()
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
         self._short: str | None = None
         while True:
             self._listen(folder, unix=unix)
@@ -156,7 +156,13 @@ def valkey(folder: Path, *, unix: bool = False) -> Iterator[Valkey]:
 
 
 class PostgreSQL:
-    """A running PostgreSQL server: trusting, without fsync, for tests only."""
+    """A running PostgreSQL server: trusting, without fsync, for tests only.
+
+    Attributes:
+        process: Its process.
+        port: Its loopback port.
+        root: The temporary directory that holds its data.
+    """
 
     USER = "llmtasks"
     #: A commit reaches the kernel, not the disk: safe from SIGKILL, not from a power cut. (``synchronous_commit=off``
@@ -181,13 +187,13 @@ class PostgreSQL:
         """
         programs = _postgresql_programs()
         self._user = _unprivileged_user()
-        self._root = _directory_of(self._user)
+        self.root = _directory_of(self._user)
         self._numbers = count(1)
         if self._user is not None and not _reachable_by_all(programs):
-            programs = _copy_programs(programs, self._root)
+            programs = _copy_programs(programs, self.root)
         self._environ = {
             "PATH": os.environ.get("PATH", os.defpath),
-            "HOME": str(self._root),
+            "HOME": str(self.root),
             "LC_ALL": "C",
             "TZ": "UTC",
         }
@@ -197,10 +203,10 @@ class PostgreSQL:
             while True:
                 self.port = free_port()
                 self.process = ChildProcess(
-                    [programs / "bin" / "postgres", "-D", self._root / "data", "-p", str(self.port), *settings],
+                    [programs / "bin" / "postgres", "-D", self.root / "data", "-p", str(self.port), *settings],
                     name="postgresql",
                     log=folder / "postgresql.log",
-                    cwd=self._root,
+                    cwd=self.root,
                     environ=self._environ,
                     user=self._user,
                     death_signal=signal.SIGQUIT,  # its immediate shutdown: SIGKILL would leave shared memory behind
@@ -219,8 +225,8 @@ class PostgreSQL:
     def _initialise(self, programs: Path) -> None:
         user, group = self._user or (None, None)
         done = subprocess.run(
-            [programs / "bin" / "initdb", "-D", self._root / "data", "--no-sync", *_options(self.INITDB_OPTIONS)],
-            cwd=self._root,
+            [programs / "bin" / "initdb", "-D", self.root / "data", "--no-sync", *_options(self.INITDB_OPTIONS)],
+            cwd=self.root,
             env=self._environ,
             capture_output=True,
             text=True,
@@ -297,7 +303,7 @@ class PostgreSQL:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.process.wait(20)
             process.close()
-        shutil.rmtree(self._root, ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The servers that tests start keep their data, stay private, and leave nothing behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ from pathlib import Path
 from tests.servers import postgresql, valkey
 folder = Path(sys.argv[1])
 with valkey(folder / "valkey") as one, postgresql(folder) as two:
-    print(one.process.pid, two.process.pid, flush=True)
+    print(one.process.pid, two.process.pid, two.root, flush=True)
     time.sleep(600)
 """
 
@@ -84,7 +85,8 @@ def test_servers_die_with_a_killed_test_process(tmp_path: Path) -> None:
         [sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env={**os.environ}
     )
     assert holder.stdout is not None
-    servers = [psutil.Process(int(pid)) for pid in holder.stdout.readline().split()]
+    *pids, left_behind = holder.stdout.readline().split()
+    servers = [psutil.Process(int(pid)) for pid in pids]
     family = [*servers, *(child for server in servers for child in server.children(recursive=True))]
     assert len(family) > 3
 
@@ -93,3 +95,4 @@ def test_servers_die_with_a_killed_test_process(tmp_path: Path) -> None:
     holder.stdout.close()
 
     wait_until(lambda: not any(lives(member) for member in family), message="all servers are gone")
+    shutil.rmtree(left_behind)
