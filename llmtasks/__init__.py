@@ -1,0 +1,18 @@
+"""Tasks for LLM and RAG applications on Celery."""
+
+from llmtasks.errors import LLMTasksError
+from llmtasks.install import install
+from llmtasks.registry import TaskRegistry, task_registry
+from llmtasks.retry import retry_with_backoff
+from llmtasks.store.runs import Run
+from llmtasks.task import Task
+
+__all__ = [
+    "LLMTasksError",
+    "Run",
+    "Task",
+    "TaskRegistry",
+    "install",
+    "retry_with_backoff",
+    "task_registry",
+]

@@ -152,9 +152,13 @@ def read(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | Non
 
     database_url = get("database_url", str, "") or f"sqlite:///{in_home('database') / 'llmtasks.db'}"
     broker_url = (
-        get("broker_url", str, "") or str(conf.get("broker_url") or "") or f"redis+socket://{socket_path(in_home('broker'))}"
+        get("broker_url", str, "")
+        or str(conf.get("broker_url") or "")
+        or f"redis+socket://{socket_path(in_home('broker'))}"
     )
-    result_url = get("result_url", str, "") or str(conf.get("result_backend") or "") or _result_url(broker_url, database_url)
+    result_url = (
+        get("result_url", str, "") or str(conf.get("result_backend") or "") or _result_url(broker_url, database_url)
+    )
     settings = Settings(
         app=get("app", str, "") or str(conf.get("main") or "") or "llmtasks",
         home=home,
@@ -205,7 +209,12 @@ def _result_url(broker_url: str, database_url: str) -> str:
 def _with_driver(url: str) -> str:
     """``postgresql://`` means psycopg 3 and ``mysql://`` PyMySQL: the drivers that our extras install."""
     scheme, separator, rest = url.partition("://")
-    driver = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
+    driver = {
+        "postgresql": "postgresql+psycopg",
+        "postgres": "postgresql+psycopg",
+        "mysql": "mysql+pymysql",
+        "mariadb": "mariadb+pymysql",
+    }
     return driver.get(scheme, scheme) + separator + rest
 
 

@@ -1,0 +1,41 @@
+"""Celery's settings, from the environment: plain `celery worker`, `celery beat` and `celery flower` find them here."""
+
+import os
+from pathlib import Path
+
+from llmtasks.settings import TaskDefaults, read
+
+os.environ.setdefault("LLMTASKS_HOME", str(Path(__file__).absolute().parent / ".llmtasks"))
+_settings = read()
+
+# What every task function gets where its registration says nothing.
+TASK_CONFIG = {
+    "max_workers": "auto",
+    "default_timeout": 3600,
+    "max_retries": 3,
+    "retry_delay": 300,
+}
+
+# LLMTASKS_BROKER_URL, LLMTASKS_RESULT_URL and LLMTASKS_DATABASE_URL; by default all is under LLMTASKS_HOME.
+broker_url = _settings.broker_url
+result_backend = _settings.result_url
+result_extended = True
+
+# LLMTASKS_IMPORTS: the modules that register task functions, separated by commas.
+imports = ["llmtasks.install", *filter(None, os.environ.get("LLMTASKS_IMPORTS", "").split(","))]
+
+beat_scheduler = "llmtasks"
+worker_concurrency = TaskDefaults.read(TASK_CONFIG).concurrency
+worker_pool = os.environ.get("LLMTASKS_POOL", "prefork")
+worker_prefetch_multiplier = 1
+worker_send_task_events = True
+task_send_sent_event = True
+task_queue_max_priority = 9
+broker_connection_retry_on_startup = True
+broker_transport_options = {
+    "priority_steps": list(range(10)),
+    "queue_order_strategy": "priority",
+    "visibility_timeout": 43200,
+    "unacked_restore_interval": 10,
+    "unacked_restore_throttle": 1,
+}

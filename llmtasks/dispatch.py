@@ -1,0 +1,225 @@
+"""Dispatch: one transaction for the run and its outbox row, then the message. Beat, execute_now and the command line alike.
+
+What this process cannot publish stays in the outbox, and any keeper publishes it after ``outbox_patience`` seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from llmtasks import sender
+from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, RunNotFoundError
+from llmtasks.options import DEFAULT_PRIORITY, limits
+from llmtasks.settings import Settings
+from llmtasks.states import RunState
+from llmtasks.store import outbox, runs
+from llmtasks.store.database import Database, database_at, fork_gate
+from llmtasks.store.runs import NewRun, Run
+from llmtasks.store.schedules import Schedule
+
+logger = logging.getLogger(__name__)
+
+#: Instants of schedules get their run's id from this namespace, so that the same instant is the same run on every beat.
+RUN_NAMESPACE = uuid.UUID("5f3c9a54-6b0e-4a53-9b52-6d9f2d7e0a11")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Station:
+    """What a process needs to work for one app: Celery, the settings, the database."""
+
+    app: Any
+    settings: Settings
+    database: Database
+
+    @property
+    def name(self) -> str:
+        """The app's name in every row."""
+        return self.settings.app
+
+
+_stations: WeakKeyDictionary[Any, Station] = WeakKeyDictionary()
+
+
+def station(app: Any = None) -> Station:
+    """The Station of an app, or of the current one; the same object each time."""
+    app = app or sender.current_app()
+    found = _stations.get(app)
+    if found is None:
+        settings = sender.settings_of(app)
+        found = _stations[app] = Station(app, settings, database_at(settings.database_url))
+    return found
+
+
+def run_id_of(schedule_id: str, scheduled_for: datetime) -> str:
+    """The id of the run of one instant of one schedule."""
+    return str(uuid.uuid5(RUN_NAMESPACE, f"{schedule_id}@{scheduled_for.isoformat()}"))
+
+
+def run_of(
+    schedule: Schedule,
+    *,
+    run_id: str | None = None,
+    scheduled_for: datetime | None = None,
+    stands_for: int = 1,
+    reason: str | None = None,
+) -> NewRun:
+    """The run that a schedule's instant (or somebody's hand, without one) opens."""
+    options = schedule.options
+    timeout = options.get("timeout")
+    soft, hard = limits(timeout) if timeout is not None else (None, None)
+    envelope = sender.envelope_of_options(
+        {"soft_time_limit": soft, "time_limit": hard, "expires": options.get("expires")}
+    )
+    if run_id is None:
+        run_id = run_id_of(schedule.id, scheduled_for) if scheduled_for else str(uuid.uuid4())
+    return NewRun(
+        id=run_id,
+        app=schedule.app,
+        func_name=schedule.func_name,
+        name=schedule.name,
+        args=sender.dumps(schedule.args, "args"),
+        kwargs=sender.dumps(schedule.kwargs, "params"),
+        envelope=envelope,
+        queue=options.get("queue"),
+        priority=options.get("priority") or DEFAULT_PRIORITY,
+        schedule_id=schedule.id,
+        scheduled_for=scheduled_for,
+        schedule_slots=options.get("max_instances"),
+        max_retries=options.get("max_retries"),
+        stands_for=stands_for,
+        reason=reason,
+    )
+
+
+def dispatch(at: Station, new: NewRun, available_at: datetime | None = None) -> Run:
+    """Record a run, then send its message; a broker that is away only delays it.
+
+    Args:
+        at: Where.
+        new: The run.
+        available_at: Its message is sent at this instant; None sends it now.
+
+    Returns:
+        The run as the ledger has it.
+
+    Raises:
+        DatabaseUnavailableError: Nothing was recorded.
+    """
+    now = at.database.now()
+    messages: list[outbox.Message] = []
+    with at.database.transaction() as tx:
+        opened = runs.open_run(tx, new, now, available_at)
+        if opened and (available_at is None or available_at <= now):
+            messages = outbox.take_these(tx, [new.id], _until(at, now))
+        run = runs.get(tx, new.id)
+    assert run is not None
+    send(at, messages)
+    return run
+
+
+def relay(at: Station, ids: Iterable[str]) -> None:
+    """Send the messages of runs that a transaction just put into the outbox."""
+    ids = list(ids)
+    if not ids:
+        return
+    now = at.database.now()
+    with at.database.transaction() as tx:
+        messages = outbox.take_these(tx, ids, _until(at, now))
+    send(at, messages)
+
+
+def relay_due(at: Station, limit: int = 500) -> int:
+    """Send what is due in the outbox and nobody else is sending; returns how many messages there were.
+
+    Raises:
+        BrokerUnavailableError: The broker does not answer; the messages stay.
+    """
+    now = at.database.now()
+    with at.database.reading() as connection:
+        if not outbox.is_due(connection, at.name, now):
+            return 0
+    with at.database.transaction() as tx:
+        messages = outbox.take_due(tx, at.name, now, _until(at, now), limit)
+    publish(at, messages)
+    return len(messages)
+
+
+def send(at: Station, messages: list[outbox.Message]) -> bool:
+    """Publish messages of ours; where the broker or the database is away, leave them to a keeper and say so."""
+    try:
+        publish(at, messages)
+    except (BrokerUnavailableError, DatabaseUnavailableError) as error:
+        logger.warning("not published yet, the outbox keeps it: %s", error, extra={"messages": len(messages)})
+        return False
+    return True
+
+
+def publish(at: Station, messages: list[outbox.Message]) -> None:
+    """Publish reserved messages and take them out of the outbox."""
+    if not messages:
+        return
+    with fork_gate.entered():
+        sender.publish(at.app, messages)
+        now = at.database.now()
+        with at.database.transaction() as tx:
+            outbox.published(tx, messages, now)
+            for item in messages:
+                if sender.is_handed(item):
+                    runs.end_handed(tx, item.run_id, now)
+
+
+def cancel_run(at: Station, run_id: str, reason: str = "cancelled") -> Run | None:
+    """Cancel a run, then tell the workers.
+
+    When this returns, a run that had not started never will; one that runs is told by its worker within a second.
+    An id that nobody knows yet is remembered as cancelled.
+
+    Returns:
+        The run, or None where the id is not known yet.
+
+    Raises:
+        DatabaseUnavailableError: Nothing was cancelled.
+    """
+    now = at.database.now()
+    with at.database.transaction() as tx:
+        found = runs.cancel(tx, at.name, run_id, now, reason)
+    announce_cancelled(at, [run_id])
+    return found
+
+
+def announce_cancelled(at: Station, ids: list[str]) -> None:
+    """Have ends delivered and queued messages dropped; what counts is committed already."""
+    try:
+        sender.revoke(at.app, ids)
+    except BrokerUnavailableError as error:
+        logger.warning("workers will learn of the cancellation from the database: %s", error)
+
+
+def find_run(at: Station, run_id: str) -> Run:
+    """The run with this id.
+
+    Raises:
+        RunNotFoundError: There is none in the ledger.
+    """
+    with at.database.reading() as connection:
+        found = runs.get(connection, run_id)
+    if found is None:
+        raise RunNotFoundError(
+            f"no run has the id {run_id!r}: a run of .delay() is known from its first start on; `llmtasks runs` lists the latest"
+        )
+    return found
+
+
+def is_live(run: Run) -> bool:
+    """Whether a run still has to end."""
+    return not RunState(run.state).is_final
+
+
+def _until(at: Station, now: datetime) -> datetime:
+    return now + timedelta(seconds=at.settings.outbox_patience)

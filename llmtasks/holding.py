@@ -1,0 +1,198 @@
+"""What this process holds, and the heart that stamps it: one thread, started with the first run that is held.
+
+It stamps the held runs and learns which are no longer its own, looks for cancel requests, and writes down which ends were
+delivered (late, in groups: losing that mark costs one harmless replay).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Final
+
+from billiard import current_process
+
+from llmtasks.bridge import Body, NotYours
+from llmtasks.dispatch import Station, relay
+from llmtasks.errors import LLMTasksError
+from llmtasks.states import RunState
+from llmtasks.store import claims
+from llmtasks.store.claims import Claim, Delivered, End
+
+logger = logging.getLogger(__name__)
+
+#: Made once before any fork, so that the main process knows how its children call themselves.
+BOOT_ID: Final = f"{socket.gethostname()[:40]}/{uuid.uuid4().hex[:12]}"
+
+
+class Cancelled(asyncio.CancelledError):
+    """Somebody cancelled the run; raised inside the coroutine."""
+
+
+@dataclass(eq=False, slots=True)
+class Hold:
+    """A run that this process holds until its end is delivered."""
+
+    station: Station
+    claim: Claim
+    body: Body
+    #: Arguments as JSON, to be cut and redacted once they are not needed any more.
+    args: str
+    kwargs: str
+    #: The function runs now; its end is not in the ledger.
+    calling: bool = False
+    lost: bool = False
+    cpu_seconds: float | None = None
+    peak_memory: int | None = None
+
+
+def owner_of(pid: int | None = None) -> str:
+    """The owner's name of a process of this worker."""
+    return f"{BOOT_ID}/{pid or os.getpid()}"
+
+
+def in_pool_child() -> bool:
+    """Whether this process is a child of the prefork pool, which may be ended without ending the worker."""
+    return bool(current_process().name != "MainProcess")
+
+
+class Holdings:
+    """The runs that this process holds."""
+
+    def __init__(self) -> None:
+        self._reset()
+        os.register_at_fork(after_in_child=self._reset)
+        atexit.register(self.flush)
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+        self._held: dict[str, Hold] = {}
+        self._delivered: list[tuple[Station, Delivered]] = []
+        self._thread: threading.Thread | None = None
+
+    def hold(self, hold: Hold) -> None:
+        """Stamp a run from now on."""
+        with self._lock:
+            self._held[hold.claim.id] = hold
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._beat, name="llmtasks-heart", daemon=True)
+                self._thread.start()
+
+    def release(self, hold: Hold) -> bool:
+        """Stamp a run no longer; says whether it was held."""
+        with self._lock:
+            if self._held.get(hold.claim.id) is not hold:
+                return False
+            del self._held[hold.claim.id]
+            return True
+
+    def deliver(self, hold: Hold, told: Delivered) -> None:
+        """The end of a held run reached Celery."""
+        with self._lock:
+            if self.release(hold):
+                self._delivered.append((hold.station, told))
+
+    def set_calling(self, hold: Hold, calling: bool) -> None:
+        """The function of a held run begins or has ended."""
+        with self._lock:
+            hold.calling = calling
+
+    def flush(self) -> None:
+        """Write down which ends were delivered."""
+        with self._lock:
+            ends, self._delivered = self._delivered, []
+        try:
+            for station in {station for station, _ in ends}:
+                with station.database.transaction() as tx:
+                    claims.mark_delivered(tx, [told for at, told in ends if at is station])
+        except BaseException:
+            with self._lock:
+                self._delivered = ends + self._delivered
+            raise
+
+    def _beat(self) -> None:
+        """The heart's loop; it outlives any outage of the database and says so once."""
+        stamped = time.monotonic()
+        away = False
+        while True:
+            with self._lock:
+                stations = {hold.station for hold in self._held.values()}
+            patience = min((at.settings.cancel_poll for at in stations), default=0.5)
+            time.sleep(patience)
+            try:
+                self.flush()
+                due = {at for at in stations if time.monotonic() - stamped >= at.settings.heartbeat}
+                if due:
+                    stamped = time.monotonic()
+                for at in due:
+                    self._stamp(at)
+                for at in stations:
+                    self._obey(at)
+                if away:
+                    logger.warning("the ledger answers again; held runs are stamped")
+                away = False
+            except LLMTasksError as error:
+                if not away:
+                    logger.warning("held runs cannot be stamped, they go on: %s", error)
+                away = True
+            except Exception:
+                logger.exception("the heartbeat failed and goes on")
+
+    def _stamp(self, at: Station) -> None:
+        """Stamp what is held; stop what is no longer ours."""
+        with self._lock:
+            held = [hold for hold in self._held.values() if hold.station is at and not hold.lost]
+        with at.database.transaction() as tx:
+            ours = claims.stamp(tx, owner_of(), [hold.claim.id for hold in held], at.database.now())
+        for hold in held:
+            if ours.get(hold.claim.id) == hold.claim.claim_no:
+                continue
+            with self._lock:
+                if not hold.calling or self._held.get(hold.claim.id) is not hold:
+                    continue
+                hold.lost = True
+                logger.error(
+                    "run %s was given to another worker; this attempt stops and counts for nothing", hold.claim.id
+                )
+                if not hold.body.interrupt(NotYours("the run was given to another worker")) and in_pool_child():
+                    self._end_process()
+
+    def _obey(self, at: Station) -> None:
+        """Cancel the runs of which somebody asked it."""
+        with at.database.reading() as connection:
+            wanted = claims.cancel_requests(connection, at.name, owner_of())
+        for run_id, (claim_no, reason) in wanted.items():
+            with self._lock:
+                hold = self._held.get(run_id)
+                if hold is None or hold.claim.claim_no != claim_no or not hold.calling:
+                    continue
+                if not hold.body.interrupt(Cancelled(reason)) and in_pool_child():
+                    self._cancel_by_force(hold, reason)
+
+    def _cancel_by_force(self, hold: Hold, reason: str) -> None:
+        """End a sync body, and this child with it: nothing else stops a function that does not await.
+
+        Done in the child itself and under the lock that the function's end takes too, so that no other run is hit.
+        """
+        how = End(state=RunState.CANCELLED, reason=reason)
+        with hold.station.database.transaction() as tx:
+            ended, handed = claims.end(tx, hold.claim, how, hold.station.database.now())
+        if ended:
+            relay(hold.station, handed)
+            logger.warning("run %s is cancelled: its process ends, the pool starts another", hold.claim.id)
+            self._end_process()
+
+    def _end_process(self) -> None:
+        self.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+holdings: Final = Holdings()

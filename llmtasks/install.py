@@ -1,0 +1,83 @@
+"""llmtasks.install(app): what an existing Celery app needs to run registered functions; and the built-in schedule."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any, Final
+
+import llmtasks.worker.signals  # noqa: F401  # connects the receivers, before a worker forks
+from llmtasks.dispatch import station
+from llmtasks.registry import task_registry
+from llmtasks.settings import is_redis, read
+from llmtasks.store import runs
+
+logger = logging.getLogger(__name__)
+
+#: Hour-long bodies must not be handed out again by stock kombu while they run: longer than any timeout in use.
+VISIBILITY_TIMEOUT: Final = 43_200
+#: Settings that installing gives an app where it has none of its own.
+DEFAULTS: Final[dict[str, Any]] = {
+    "beat_scheduler": "llmtasks",
+    "broker_connection_retry_on_startup": True,
+    "task_queue_max_priority": 9,
+    "task_send_sent_event": True,
+    "worker_prefetch_multiplier": 1,
+    "worker_send_task_events": True,
+}
+PURGE: Final = "llmtasks.purge"
+
+
+def install(app: Any) -> Any:
+    """Let a Celery app run registered functions: settings that are unset, the beat scheduler, the worker's keeper.
+
+    Its own tasks stay as they are; its ``beat_schedule`` and ``add_periodic_task`` entries become schedules in the database.
+
+    Args:
+        app: The Celery app.
+
+    Returns:
+        The same app.
+    """
+    changes = app.conf.changes if hasattr(app.conf, "changes") else {}
+    for name, value in DEFAULTS.items():
+        if not _is_set(app, name):
+            app.conf[name] = value
+    if "broker_url" not in changes and not app.conf.broker_url:
+        settings = read()
+        app.conf.broker_url = settings.broker_url
+        if not app.conf.result_backend:
+            app.conf.result_backend = settings.result_url
+    if is_redis(str(app.conf.broker_url)):
+        options = {
+            "priority_steps": list(range(10)),
+            "queue_order_strategy": "priority",
+            "visibility_timeout": VISIBILITY_TIMEOUT,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,
+        }
+        app.conf.broker_transport_options = {**options, **(app.conf.broker_transport_options or {})}
+    return app
+
+
+def _is_set(app: Any, name: str) -> bool:
+    """Whether the app's own configuration, not Celery's defaults, has this setting."""
+    return any(name in source for source in app.conf.maps[:-1])
+
+
+@task_registry.register(name=PURGE, schedule="17 3 * * *", max_instances=1, max_retries=1, retry_delay=600)
+def purge_runs(older_than_days: float | None = None) -> int:
+    """Delete runs that ended longer ago than ``keep_runs_days``, in slices; returns how many.
+
+    Live runs and ends that Celery was not told stay, whatever their age.
+    """
+    at = station()
+    days = at.settings.keep_runs_days if older_than_days is None else older_than_days
+    before = at.database.now() - timedelta(days=days)
+    deleted = 0
+    while True:
+        with at.database.transaction() as tx:
+            found = runs.purge(tx, at.name, before)
+        deleted += found
+        if found < runs.PURGE_SLICE:
+            return deleted

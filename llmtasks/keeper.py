@@ -1,0 +1,142 @@
+"""The keeper: what keeps runs moving. One thread in every beat and every worker's main process; none leads.
+
+Every step is a short transaction that is safe to repeat, and takes rows that no other keeper has locked.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from datetime import timedelta
+from typing import Final
+
+from llmtasks import sender
+from llmtasks.dispatch import Station, publish, relay_due
+from llmtasks.errors import LLMTasksError
+from llmtasks.store import outbox, processes, rescue
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two rounds.
+PAUSE: Final = 0.5
+#: Seconds between two rounds while a server is away.
+AWAY_PAUSE: Final = 1.0
+#: Seconds between two looks at what lasts long anyway.
+SLOW_PAUSE: Final = 10.0
+
+
+class Keeper:
+    """Moves runs that nobody else moves: lost ones, due retries, waiting ones, unpublished messages, untold ends."""
+
+    def __init__(self, at: Station) -> None:
+        self._at = at
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._away: str | None = None
+        self._slow_at = 0.0
+        #: Until then nobody is called lost: owners could not stamp while the database was away, or this host slept.
+        self._trust_stamps_at = 0.0
+        self._last_round = time.monotonic()
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+        self._thread = threading.Thread(target=self._loop, name="llmtasks-keeper", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """End after the step that runs now."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def round(self) -> int:
+        """Do everything once; returns how many runs were moved.
+
+        Raises:
+            DatabaseUnavailableError: The ledger does not answer.
+            BrokerUnavailableError: The broker does not; what was moved stays in the outbox.
+        """
+        self._notice_gap()
+        moved = sum(step() for step in (self._rescue, self._start_retries, self._promote, self._send_ends))
+        moved += relay_due(self._at)
+        if time.monotonic() - self._slow_at >= SLOW_PAUSE:
+            self._slow_at = time.monotonic()
+            moved += self._republish()
+            with self._at.database.transaction() as tx:
+                processes.forget_silent(tx, self._at.database.now())
+        return moved
+
+    def _loop(self) -> None:
+        while not self._stop.is_set():
+            pause = PAUSE
+            try:
+                moved = self.round()
+                if self._away is not None:
+                    logger.warning("the keeper works again")
+                self._away = None
+                pause = 0.0 if moved >= rescue.BATCH else PAUSE
+            except LLMTasksError as error:
+                kind = type(error).__name__
+                if self._away != kind:
+                    logger.warning("the keeper waits: %s", error)
+                self._away = kind
+                pause = AWAY_PAUSE
+            except Exception:
+                logger.exception("a round of the keeper failed; it goes on")
+                pause = AWAY_PAUSE
+            self._stop.wait(pause)
+
+    def _notice_gap(self) -> None:
+        """After a long round (the database was away, the machine slept) owners get one lease to stamp before any is lost."""
+        now = time.monotonic()
+        if now - self._last_round > self._at.settings.lease / 2:
+            self._trust_stamps_at = now + self._at.settings.lease
+        self._last_round = now
+
+    def _rescue(self) -> int:
+        if time.monotonic() < self._trust_stamps_at:
+            return 0
+        at, now = self._at, self._at.database.now()
+        failure = sender.lost_failure(at.app)
+        with at.database.transaction() as tx:
+            lost = rescue.lose_silent(tx, at.name, now - at.settings.lease_time, now, failure)
+        if lost:
+            logger.warning("%d runs lost their worker and are dispatched again", len(lost))
+        return len(lost)
+
+    def _start_retries(self) -> int:
+        now = self._at.database.now()
+        with self._at.database.transaction() as tx:
+            return len(rescue.start_retries(tx, self._at.name, now))
+
+    def _promote(self) -> int:
+        with self._at.database.transaction() as tx:
+            return len(rescue.promote(tx, self._at.name, self._at.database.now()))
+
+    def _send_ends(self) -> int:
+        now = self._at.database.now()
+        with self._at.database.transaction() as tx:
+            return len(rescue.send_ends(tx, self._at.name, now - self._at.settings.lease_time, now))
+
+    def _republish(self) -> int:
+        """Send queued runs again that the broker may have lost: soon where their queue is empty, else after 10, 20, 40 min."""
+        at, now = self._at, self._at.database.now()
+        with at.database.reading() as connection:
+            queued = rescue.queued_long(connection, at.name, now)
+        empty: dict[str, bool] = {}
+        again: list[str] = []
+        for run_id, queue, overdue in queued:
+            name = queue or sender.default_queue(at.app)
+            if not overdue and name not in empty:
+                empty[name] = sender.queue_length(at.app, name) == 0
+            if overdue or empty[name]:
+                again.append(run_id)
+        if not again:
+            return 0
+        with at.database.transaction() as tx:
+            rescue.republish(tx, at.name, again, now)
+            messages = outbox.take_these(tx, again, now + timedelta(seconds=at.settings.outbox_patience))
+        publish(at, messages)
+        logger.info("%d queued runs were published again", len(messages))
+        return len(messages)

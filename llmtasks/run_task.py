@@ -1,0 +1,249 @@
+"""RunTask: the Celery task class of registered functions. Celery calls it; it hands over to the attempt and to dispatch."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import uuid
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar, Final
+
+import celery
+import kombu
+from celery.canvas import Signature
+from celery.exceptions import Retry
+
+from llmtasks import attempt, bridge, sender
+from llmtasks.dispatch import dispatch, station
+from llmtasks.errors import InvalidOptionError, InvalidParamsError
+from llmtasks.options import TaskOptions, check_number, check_whole
+from llmtasks.store.runs import NewRun
+
+#: A delay longer than this is kept in the database; shorter ones wait in the worker as Celery has it.
+BROKER_DELAY: Final = 5.0
+#: Messages of map_delay that one round trip carries.
+MAP_BATCH: Final = 500
+
+
+class _KeptSignature(Signature):
+    """What ``self.retry()`` would publish at once; the ledger keeps it instead."""
+
+    def apply_async(self, *_args: Any, **_options: Any) -> None:
+        """Publish nothing."""
+
+
+class RunTask(celery.Task):  # type: ignore[misc]  # Celery has no types of its own
+    """A Celery task whose runs are in the ledger. Made by ``task_registry.register`` only."""
+
+    abstract = True
+    Request = "llmtasks.worker.request:RunRequest"
+    acks_late = True
+    #: Set by the registry on each task's own class.
+    options: ClassVar[TaskOptions]
+    function: ClassVar[Callable[..., Any]]
+    parameters: ClassVar[tuple[str, ...]]
+    takes_self: ClassVar[bool]
+
+    @classmethod
+    def bind(cls, app: Any) -> Any:
+        """Connect to an app: the defaults of its TASK_CONFIG become Celery's limits and retries."""
+        bound = super().bind(app)
+        resolved = cls.options.with_defaults(sender.settings_of(app).tasks)
+        cls.max_retries = resolved.max_retries
+        cls.default_retry_delay = resolved.retry_delay
+        cls.soft_time_limit = resolved.soft_time_limit
+        cls.time_limit = resolved.time_limit
+        # What may retry or requeue behind the ledger's back stays off, whatever the app's settings say.
+        cls.acks_late = cls.acks_on_failure = cls.acks_on_timeout = cls.acks_on_failure_or_timeout = True
+        cls.reject_on_worker_lost = cls.retry_on_worker_lost = False
+        cls.priority = None
+        bridge.identify(cls.request_stack)
+        return bound
+
+    # -- in a worker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run an attempt where a worker's tracer calls, and the function itself where anybody else does."""
+        request = self.request_stack.top
+        if request is None or request.called_directly or request.is_eager or attempt.hold_of(request) is not None:
+            if request is not None and request.is_eager and attempt.hold_of(request) is None:
+                return self.run(*args, **kwargs)
+            return self._inline(*args, **kwargs)
+        return attempt.run_attempt(self, self.options, args, kwargs)
+
+    def _inline(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs) if self.takes_self else self.function(*args, **kwargs)
+
+    def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        """Celery has stored the outcome and told links and chord."""
+        attempt.after_return(self, self.options, status, retval)
+
+    def signature_from_request(self, *args: Any, **kwargs: Any) -> Any:
+        """What a retry would send; inside an attempt it is kept, not sent."""
+        made = super().signature_from_request(*args, **kwargs)
+        return _KeptSignature(made, app=self.app) if attempt.hold_of(self.request) else made
+
+    def retry(self, *args: Any, **kwargs: Any) -> Any:
+        """End this attempt and have another one later: as Celery's own, but the ledger keeps it."""
+        hold = attempt.hold_of(self.request)
+        if hold is None:
+            return super().retry(*args, **kwargs)
+        if len(args) < 7 and kwargs.get("max_retries") is None:
+            kwargs["max_retries"] = hold.claim.max_retries
+        try:
+            made = super().retry(*args, **kwargs)
+        except Retry:
+            raise
+        except Exception:
+            self.request.llm_final = True  # its own count is used up; our policy must not add to it
+            raise
+        self.request.llm_retry = made  # throw=False: raised after the function returned
+        return made
+
+    def on_replace(self, sig: Any) -> Any:
+        """Give the run to another signature, in the ledger first."""
+        hold = attempt.hold_of(self.request)
+        if hold is None:
+            return super().on_replace(sig)
+        return attempt.replaced(self, hold, sig)
+
+    # -- publishing
+
+    def apply_async(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        producer: Any = None,
+        link: Any = None,
+        link_error: Any = None,
+        shadow: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Send a run, as Celery does. ``priority`` is 1 (first) to 10; a delay over 5 s is kept in the database.
+
+        Raises:
+            InvalidOptionError: An option has a value that it cannot have.
+            InvalidParamsError: The arguments do not fit the function, or JSON cannot carry them.
+        """
+        if options.get("serializer", "json") != "json":
+            raise InvalidOptionError(
+                "serializer", options["serializer"], "'json'", "The ledger keeps arguments as JSON."
+            )
+        priority = options.pop("priority", None)
+        if priority is None:
+            priority = self.options.priority
+        else:
+            check_whole("priority", priority, 1, 10)
+        if not self.app.conf.task_always_eager:
+            delay = self._delay(options.get("countdown"), options.get("eta"))
+            if delay > BROKER_DELAY:
+                return self._keep(
+                    args, kwargs, task_id, delay, priority, link=link, link_error=link_error, shadow=shadow, **options
+                )
+        options["priority"] = sender.native_priority(self.app, priority)
+        try:
+            return super().apply_async(args, kwargs, task_id, producer, link, link_error, shadow, **options)
+        except kombu.exceptions.EncodeError:
+            self._check_json(args, kwargs)
+            raise
+        except TypeError as error:
+            if isinstance(error, InvalidParamsError):
+                raise
+            self._check_arguments(args, kwargs, error)
+            raise
+
+    async def adelay(self, *args: Any, **kwargs: Any) -> Any:
+        """``delay`` for code on an event loop: the broker is spoken to in a thread."""
+        return await asyncio.to_thread(self.delay, *args, **kwargs)
+
+    def map_delay(self, items: Iterable[Any]) -> list[Any]:
+        """Send one run for each item, many in one round trip where the broker's transport can.
+
+        Args:
+            items: A tuple is taken as the positional arguments, a dict as the keyword arguments, anything else as the
+                only argument.
+
+        Returns:
+            The results' handles in the items' order.
+        """
+        sent: list[Any] = []
+        with self.app.producer_or_acquire() as producer, producer.batch(max_size=MAP_BATCH):
+            for args, kwargs in map(_arguments_of, items):
+                sent.append(self.apply_async(args, kwargs, producer=producer))
+        return sent
+
+    def _delay(self, countdown: Any, eta: Any) -> float:
+        check_number("countdown", countdown)
+        if countdown:
+            return float(countdown)
+        if isinstance(eta, str):
+            eta = datetime.fromisoformat(eta)
+        if isinstance(eta, datetime):
+            aware = eta if eta.tzinfo else eta.replace(tzinfo=self.app.timezone)
+            return (aware - datetime.now(UTC)).total_seconds()
+        return 0.0
+
+    def _keep(self, args: Any, kwargs: Any, task_id: str | None, delay: float, priority: int, **options: Any) -> Any:
+        """Keep a run in the database until its time; the broker could lose it or give it out twice."""
+        self._check_arguments(args, kwargs, None)
+        at = station(self.app)
+        run_id = task_id or str(uuid.uuid4())
+        parent = self.app.current_worker_task
+        if parent is not None:
+            options.setdefault("root_id", parent.request.root_id or parent.request.id)
+            options.setdefault("parent_id", parent.request.id)
+        for name in ("soft_time_limit", "time_limit"):
+            options.setdefault(name, None)
+        ignore_result = options.get("ignore_result")
+        options["ignore_result"] = self.ignore_result if ignore_result is None else ignore_result
+        expires = options.get("expires", self.expires)
+        envelope = sender.envelope_of_options({**options, "expires": sender.absolute(expires)})
+        new = NewRun(
+            id=run_id,
+            app=at.name,
+            func_name=self.name,
+            name=self.name,
+            args=sender.dumps(list(args or ()), "args"),
+            kwargs=sender.dumps(dict(kwargs or {}), "kwargs"),
+            envelope=envelope,
+            queue=options.get("queue") or getattr(self, "queue", None),
+            priority=priority,
+        )
+        dispatch(at, new, at.database.now() + timedelta(seconds=delay))
+        result = (options.get("result_cls") or self.AsyncResult)(run_id)
+        if options.get("add_to_parent", True) and parent is not None:
+            parent.add_trail(result)
+        return result
+
+    def _check_arguments(self, args: Any, kwargs: Any, error: TypeError | None) -> None:
+        """Raise InvalidParamsError where the arguments do not fit the function's signature."""
+        bound = (self, *(args or ())) if self.takes_self else tuple(args or ())
+        try:
+            inspect.signature(self.function).bind(*bound, **(kwargs or {}))
+        except TypeError as misfit:
+            raise InvalidParamsError(
+                f"arguments of {self.name!r} do not fit its signature {inspect.signature(self.function)}: {misfit}"
+            ) from error
+
+    def _check_json(self, args: Any, kwargs: Any) -> None:
+        sender.dumps(list(args or ()), "args")
+        sender.dumps(dict(kwargs or {}), "kwargs")
+
+
+def body_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The sync function that Celery's tracer runs for a task function, sync or async."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return attempt.call_body(function, args, kwargs)
+
+    return run
+
+
+def _arguments_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(item, tuple):
+        return item, {}
+    if isinstance(item, dict):
+        return (), item
+    return (item,), {}

@@ -1,0 +1,354 @@
+"""Claims: taking a run, stamping it, ending its attempt. Every write after the claim is fenced by its claim_no."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import Connection, Integer, Text, and_, bindparam, case, func, literal_column, null, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from llmtasks.states import CLAIMABLE, ENDED, RunState
+from llmtasks.store import slots
+from llmtasks.store.rows import UtcDateTime, runs, state_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A message that asks a worker to run something, as the claim needs it; ``args`` to ``envelope`` are JSON texts."""
+
+    id: str
+    app: str
+    func_name: str
+    args: str
+    kwargs: str
+    envelope: str
+    queue: str | None
+    priority: int
+    #: The message's ``retries``: attempts already ended when it was sent.
+    attempts: int
+    max_retries: int | None
+    retry_delay: float
+    function_slots: int | None
+    owner: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A run that this process holds now. ``state`` is running, or final where only its end is to be told."""
+
+    id: str
+    claim_no: int
+    state: RunState
+    name: str
+    attempts: int
+    max_retries: int | None
+    retry_delay: float
+    schedule_id: str | None
+    scheduled_for: datetime | None
+    function_slots: int | None
+    schedule_slots: int | None
+    callback_calls: int
+    reason: str | None
+    result: str | None
+    failure: str | None
+    cancel_requested_at: datetime | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How an attempt ended; ``result`` and ``failure`` are JSON texts."""
+
+    state: RunState
+    #: Whether it counts as one of the run's attempts.
+    counts: bool = True
+    #: Whether the worker keeps the run until its end is delivered.
+    keeps_owner: bool = False
+    delivered: bool = False
+    reason: str | None = None
+    result: str | None = None
+    error: str | None = None
+    failure: str | None = None
+    traceback: str | None = None
+    next_attempt_at: datetime | None = None
+    run_seconds: float | None = None
+    cpu_seconds: float | None = None
+    peak_memory: int | None = None
+    args: str | None = None
+    kwargs: str | None = None
+    replacement: str | None = None
+
+
+_RETURNED: Final = [runs.c[name] for name in Claim.__dataclass_fields__]
+
+
+def _claim(dialect: str) -> Any:
+    """Insert the run or take it; no row back means that it is not ours to run.
+
+    Taken is what is claimable and not superseded by a later attempt, and an end that nobody holds and Celery was not told.
+    """
+    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
+    names = [*Offer.__dataclass_fields__]
+    statement = kind(runs).values(
+        {name: bindparam(name) for name in names}
+        | {
+            "name": bindparam("func_name"),
+            "state": RunState.RUNNING,
+            "claim_no": literal_column("1"),
+            "heartbeat_at": bindparam("now"),
+            "created_at": bindparam("now"),
+            "started_at": bindparam("now"),
+            "attempt_started_at": bindparam("now"),
+            "delivered": False,
+        }
+    )
+    new = statement.excluded
+    startable = state_in(CLAIMABLE)
+    return statement.on_conflict_do_update(
+        index_elements=["id"],
+        set_={
+            "claim_no": runs.c.claim_no + 1,
+            "state": case((startable, RunState.RUNNING.value), else_=runs.c.state),
+            "owner": new.owner,
+            "worker": new.worker,
+            "heartbeat_at": new.heartbeat_at,
+            "started_at": case((startable, func.coalesce(runs.c.started_at, new.started_at)), else_=runs.c.started_at),
+            "attempt_started_at": new.attempt_started_at,
+            "func_name": new.func_name,
+            "name": case((runs.c.name == "", new.name), else_=runs.c.name),
+            "args": case((runs.c.envelope.is_(None), new.args), else_=runs.c.args),
+            "kwargs": case((runs.c.envelope.is_(None), new.kwargs), else_=runs.c.kwargs),
+            # The message knows the links and the route that the row of a schedule does not.
+            "envelope": new.envelope,
+            "queue": func.coalesce(runs.c.queue, new.queue),
+            "max_retries": func.coalesce(runs.c.max_retries, new.max_retries),
+            "retry_delay": new.retry_delay,
+            "function_slots": new.function_slots,
+            "replacement": null(),
+        },
+        where=or_(
+            and_(startable, new.attempts >= runs.c.attempts),
+            and_(
+                state_in(ENDED),
+                ~runs.c.delivered,
+                or_(runs.c.owner.is_(None), runs.c.heartbeat_at < bindparam("silent_since", type_=UtcDateTime())),
+            ),
+        ),
+    ).returning(*_RETURNED)
+
+
+_CLAIM: Final = {dialect: _claim(dialect) for dialect in ("sqlite", "postgresql")}
+_OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
+#: Somebody asked to cancel the run: it has no next attempt.
+_GIVEN_UP: Final = and_(
+    runs.c.cancel_requested_at.is_not(None),
+    or_(bindparam("to") == RunState.RETRYING.value, bindparam("to") == RunState.QUEUED.value),
+)
+#: Another function takes the run's place, from its first attempt on; it brings its own message.
+_REPLACED: Final = bindparam("instead", type_=Text()).is_not(None)
+_WAIT: Final = (
+    update(runs)
+    .where(_OURS)
+    .values(
+        state=bindparam("to"), reason=bindparam("why"), owner=None, heartbeat_at=None,
+        started_at=case((runs.c.attempts == 0, null()), else_=runs.c.started_at),
+        ended_at=bindparam("at"), delivered=bindparam("told"),
+    )
+)  # fmt: skip
+_END: Final = (
+    update(runs)
+    .where(_OURS, runs.c.state == RunState.RUNNING)
+    .values(
+        state=case((_GIVEN_UP, RunState.CANCELLED.value), else_=bindparam("to")),
+        attempts=case((_REPLACED, 0), else_=runs.c.attempts + bindparam("counted")),
+        owner=case((bindparam("keeps") == 1, runs.c.owner), else_=null()),
+        heartbeat_at=bindparam("now"),
+        delivered=bindparam("told"),
+        ended_at=case(
+            (_GIVEN_UP, bindparam("now", type_=UtcDateTime())), else_=bindparam("ended", type_=UtcDateTime())
+        ),
+        reason=case((_GIVEN_UP, runs.c.reason), else_=bindparam("why", type_=Text())),
+        result=bindparam("value"),
+        error=bindparam("line"),
+        failure=bindparam("packed"),
+        traceback=bindparam("trace"),
+        next_attempt_at=bindparam("again_at"),
+        run_seconds=bindparam("wall"),
+        cpu_seconds=bindparam("cpu"),
+        peak_memory=bindparam("peak"),
+        args=func.coalesce(bindparam("new_args"), runs.c.args),
+        kwargs=func.coalesce(bindparam("new_kwargs"), runs.c.kwargs),
+        envelope=case((_REPLACED, null()), else_=runs.c.envelope),
+        replacement=bindparam("instead", type_=Text()),
+    )
+)
+_STAMP: Final = (
+    update(runs)
+    .where(runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.owner == bindparam("by"))
+    .values(heartbeat_at=bindparam("now"))
+    .returning(runs.c.id, runs.c.claim_no)
+)
+_REQUESTS: Final = select(runs.c.id, runs.c.claim_no, runs.c.reason).where(
+    runs.c.app == bindparam("of_app"),
+    runs.c.state == RunState.RUNNING,
+    ~runs.c.delivered,
+    runs.c.owner == bindparam("by"),
+    runs.c.cancel_requested_at.is_not(None),
+)
+
+
+def _cut(text: Any) -> Any:
+    """``text``, cut to the size that a delivered run may keep."""
+    keep = bindparam("keep", type_=Integer())
+    return case((func.length(text) > keep, func.substr(text, 1, keep)), else_=text)
+
+
+_DELIVERED: Final = (
+    update(runs)
+    .where(_OURS, state_in(ENDED))
+    .values(
+        delivered=True,
+        owner=None,
+        envelope=None,
+        failure=None,
+        args=_cut(func.coalesce(bindparam("hidden_args", type_=Text()), runs.c.args)),
+        kwargs=_cut(func.coalesce(bindparam("hidden_kwargs", type_=Text()), runs.c.kwargs)),
+        result=_cut(runs.c.result),
+        traceback=_cut(runs.c.traceback),
+    )
+)
+_LET_GO: Final = update(runs).where(_OURS, state_in(ENDED)).values(owner=None)
+_CALLBACK: Final = update(runs).where(_OURS).values(callback_calls=runs.c.callback_calls + 1)
+_REMARK: Final = update(runs).where(_OURS).values(reason=bindparam("why"))
+
+
+def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -> Claim | None:
+    """Take a run, or its undelivered end; None where it is not ours to take.
+
+    Args:
+        silent_since: An owner whose stamp is older than this holds nothing any more.
+    """
+    values = {name: getattr(offer, name) for name in Offer.__dataclass_fields__}
+    row = tx.execute(_CLAIM[tx.dialect.name], {**values, "now": now, "silent_since": silent_since}).one_or_none()
+    if row is None:
+        return None
+    found = dict(row._mapping)
+    found["state"] = RunState(found["state"])
+    return Claim(**found)
+
+
+def take_slots(tx: Connection, app: str, func_name: str, claim: Claim, now: datetime) -> str | None:
+    """Take the slots of a run just claimed.
+
+    Returns:
+        None when the run may start, else the reason why it does not.
+    """
+    wanted = slots.scopes(app, func_name, claim.function_slots, claim.schedule_id, claim.schedule_slots)
+    full = slots.take(tx, wanted, claim.id, now) if wanted else None
+    if full is None:
+        return None
+    places = dict(wanted)[full]
+    owner = f"function {func_name!r}" if full.startswith("function:") else f"schedule {claim.name!r}"
+    return f"all {places} slots of {owner} were taken" if places > 1 else f"the only slot of {owner} was taken"
+
+
+def put_aside(tx: Connection, claim: Claim, state: RunState, reason: str, now: datetime) -> None:
+    """Leave a run just claimed as ``waiting``, or end it as ``skipped``, of which nobody needs to be told."""
+    ended = state in ENDED
+    tx.execute(
+        _WAIT,
+        {
+            "run_id": claim.id,
+            "claim": claim.claim_no,
+            "to": state,
+            "why": reason,
+            "at": now if ended else None,
+            "told": ended,
+        },
+    )
+
+
+def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, list[str]]:
+    """End the attempt of a claim; its slots go to whoever waits first.
+
+    Returns:
+        Whether the run was still ours, and the ids of the runs that got its slots.
+    """
+    ended = how.state in ENDED
+    values = {
+        "run_id": claim.id,
+        "claim": claim.claim_no,
+        "to": how.state,
+        "counted": int(how.counts),
+        "keeps": int(how.keeps_owner),
+        "now": now,
+        "told": how.delivered,
+        "ended": now if ended else None,
+        "why": how.reason,
+        "value": how.result,
+        "line": how.error,
+        "packed": how.failure,
+        "trace": how.traceback,
+        "again_at": how.next_attempt_at,
+        "wall": how.run_seconds,
+        "cpu": how.cpu_seconds,
+        "peak": how.peak_memory,
+        "new_args": how.args,
+        "new_kwargs": how.kwargs,
+        "instead": how.replacement,
+    }
+    if tx.execute(_END, values).rowcount != 1:
+        return False, []
+    if claim.function_slots is None and claim.schedule_slots is None:
+        return True, []
+    return True, slots.free(tx, claim.id, now)
+
+
+def stamp(tx: Connection, owner: str, ids: list[str], now: datetime) -> dict[str, int]:
+    """Say that an owner holds these runs; returns the claim_no of every one that is still its own, by id."""
+    return {row.id: row.claim_no for row in tx.execute(_STAMP, {"by": owner, "ids": ids, "now": now})}
+
+
+def cancel_requests(tx: Connection, app: str, owner: str) -> dict[str, tuple[int, str]]:
+    """Claim numbers and reasons of an owner's running runs that somebody wants cancelled, by id."""
+    return {
+        row.id: (row.claim_no, row.reason or "cancelled") for row in tx.execute(_REQUESTS, {"by": owner, "of_app": app})
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """An end that Celery was told; from now on the ledger keeps only what people read."""
+
+    run_id: str
+    claim: int
+    #: Arguments as JSON without what must not stay; None keeps what is there.
+    hidden_args: str | None = None
+    hidden_kwargs: str | None = None
+    #: Characters that each long text is cut to.
+    keep: int
+
+
+def mark_delivered(tx: Connection, ends: list[Delivered]) -> None:
+    """Celery was told these ends: nobody holds the runs any more, and what sending again needed is dropped."""
+    names = Delivered.__dataclass_fields__
+    if ends:
+        tx.execute(_DELIVERED, [{name: getattr(item, name) for name in names} for item in ends])
+
+
+def let_go(tx: Connection, run_id: str, claim_no: int) -> None:
+    """Hold an ended run no longer although Celery could not be told; a keeper has it told again."""
+    tx.execute(_LET_GO, {"run_id": run_id, "claim": claim_no})
+
+
+def count_callback(tx: Connection, run_id: str, claim_no: int) -> None:
+    """Count a call of on_failure or on_success before it is made, so that a crash in it is seen."""
+    tx.execute(_CALLBACK, {"run_id": run_id, "claim": claim_no})
+
+
+def remark(tx: Connection, run_id: str, claim_no: int, reason: str) -> None:
+    """Write down what a person should know about a run of ours."""
+    tx.execute(_REMARK, {"run_id": run_id, "claim": claim_no, "why": reason})

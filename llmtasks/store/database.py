@@ -1,0 +1,329 @@
+"""Database: one engine per process and URL, short transactions, the database's own clock.
+
+SQLite (WAL, busy timeout, BEGIN IMMEDIATE for every write) and PostgreSQL (psycopg 3) are used through the same calls.
+No process forks while one of its threads is inside a transaction of ours, and a child never touches a connection of its parent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, text
+
+from llmtasks.errors import ConfigurationError, DatabaseUnavailableError, SchemaOutdatedError
+from llmtasks.store.rows import SCHEMA_VERSION, VERSION_TABLE
+
+#: Seconds a SQLite writer waits for another one; 5 s, sqlite3's default, lost results under load.
+SQLITE_BUSY_TIMEOUT: Final = 30.0
+#: Seconds a connection attempt to a server may take.
+CONNECT_TIMEOUT: Final = 5
+#: Seconds a fork waits for transactions in other threads before it goes ahead all the same.
+FORK_PATIENCE: Final = 10.0
+#: Seconds after which the difference to the server's clock is measured again.
+CLOCK_REFRESH: Final = 10.0
+
+
+class ForkGate:
+    """Lets many threads in at once, but none while the process forks.
+
+    A child inherits every lock in the state it had; one held by a thread that does not exist there is never released.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside: dict[int, int] = {}
+        self._closed = False
+        os.register_at_fork(before=self._close, after_in_parent=self._open, after_in_child=self._reset)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Stay inside; a fork in another thread waits until the block is left."""
+        me = threading.get_ident()
+        with self._condition:
+            while self._closed and me not in self._inside:
+                self._condition.wait()
+            self._inside[me] = self._inside.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._inside[me] = self._inside.get(me, 1) - 1
+                if self._inside[me] <= 0:
+                    self._inside.pop(me, None)
+                    self._condition.notify_all()
+
+    def _close(self) -> None:
+        deadline = time.monotonic() + FORK_PATIENCE
+        with self._condition:
+            self._closed = True
+            while set(self._inside) - {threading.get_ident()}:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not self._condition.wait(remaining):
+                    break
+
+    def _open(self) -> None:
+        with self._condition:
+            self._closed = False
+            self._condition.notify_all()
+
+    def _reset(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = {}
+        self._closed = False
+
+
+#: Shared by everything in this process that talks to a server from a thread of ours.
+fork_gate: Final = ForkGate()
+
+
+class Database:
+    """The schedules and the ledger behind one URL. Safe to share among threads and to inherit over a fork."""
+
+    def __init__(self, url: str) -> None:
+        self.url = make_url(url)
+        self.dialect = self.url.get_backend_name()
+        if self.dialect not in {"sqlite", "postgresql"}:
+            raise ConfigurationError(
+                f"database {self.url.render_as_string()!r}: expected a sqlite:// or postgresql:// URL; set LLMTASKS_DATABASE_URL"
+            )
+        if self.is_sqlite and (self.url.database or ":memory:") == ":memory:":
+            raise ConfigurationError(
+                "database sqlite://: expected a file, because worker, beat and app share it; write sqlite:///path"
+            )
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._ready = False
+        self._offset = timedelta(0)
+        self._measured = -CLOCK_REFRESH
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether the database is a SQLite file."""
+        return self.dialect == "sqlite"
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A write transaction: committed when the block is left, rolled back when it raises.
+
+        Raises:
+            DatabaseUnavailableError: The database cannot be reached, or stays locked.
+            SchemaOutdatedError: Its tables are not those of this version.
+        """
+        with fork_gate.entered(), self._unavailable(), self._writing.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A read transaction; it never waits for writers on SQLite. Raises as ``transaction`` does."""
+        with fork_gate.entered(), self._unavailable(), self._ready_engine.connect() as connection:
+            yield connection
+
+    def now(self) -> datetime:
+        """This instant by the database's clock, so that every host compares with the same one.
+
+        SQLite has the host's own clock. A server's is the host's monotonic clock plus a difference measured every 10 s.
+        """
+        if self.is_sqlite:
+            return datetime.now(UTC)
+        if time.monotonic() - self._measured > CLOCK_REFRESH:
+            self._measure_clock()
+        return datetime.fromtimestamp(time.monotonic(), UTC) + self._offset
+
+    def version(self) -> str | None:
+        """The schema version that the tables have; None where there are none."""
+        with fork_gate.entered(), self._unavailable(), self._open_engine().connect() as connection:
+            return _version(connection)
+
+    def migrate(self, target: str = "head") -> None:
+        """Bring the tables to schema version ``target``; does nothing where they have it.
+
+        Safe to call from several processes at the same moment: one does it, the others wait.
+        """
+        from llmtasks.store import migrations  # Alembic takes 0.2 s to import and is seldom needed
+
+        engine = self._open_engine()
+        with fork_gate.entered(), self._unavailable(), engine.execution_options(write=True).begin() as connection:
+            migrations.lock(connection)
+            migrations.move(connection, target)
+
+    def close(self) -> None:
+        """Give back every connection; the next call opens new ones."""
+        with self._lock:
+            engine, self._engine, self._ready = self._engine, None, False
+        if engine is not None:
+            engine.dispose()
+
+    def forget(self) -> None:
+        """In a forked child: neither use nor close what the parent opened (sqlite.org/howtocorrupt.html, 2.6)."""
+        self._lock = threading.Lock()
+        if self._engine is not None:
+            _inherited.append(self._engine)
+        self._engine, self._ready = None, False
+
+    @property
+    def _writing(self) -> Engine:
+        return self._ready_engine.execution_options(write=True)
+
+    @property
+    def _ready_engine(self) -> Engine:
+        """The engine, once the tables are known to be right."""
+        engine = self._open_engine()
+        if self._ready:
+            return engine
+        if self.is_sqlite:
+            self._prepare_file(engine)
+        else:
+            with engine.connect() as connection:
+                found = _version(connection)
+            if found != SCHEMA_VERSION:
+                raise SchemaOutdatedError(
+                    f"the database has schema version {found or 'none'}, this llmtasks needs {SCHEMA_VERSION}: "
+                    "run `celery llmtasks migrate`"
+                )
+        self._ready = True
+        return engine
+
+    def _open_engine(self) -> Engine:
+        if self._engine is not None:
+            return self._engine
+        with self._lock:
+            if self._engine is not None:
+                return self._engine
+            if self.is_sqlite:
+                Path(str(self.url.database)).parent.mkdir(parents=True, exist_ok=True)
+                arguments: dict[str, Any] = {
+                    "timeout": SQLITE_BUSY_TIMEOUT,
+                    "check_same_thread": False,
+                    "isolation_level": None,
+                }
+            else:
+                arguments = {"connect_timeout": CONNECT_TIMEOUT}
+            try:
+                engine = create_engine(
+                    self.url, connect_args=arguments, pool_size=5, max_overflow=50, pool_pre_ping=not self.is_sqlite
+                )
+            except ImportError as error:
+                raise ConfigurationError(
+                    f"database {self.url.render_as_string()!r}: its driver is missing ({error}); "
+                    f"install llmtasks[{self.dialect}]"
+                ) from error
+            if self.is_sqlite:
+                event.listen(engine, "connect", _tune_sqlite)
+                event.listen(engine, "begin", _begin_sqlite)
+            self._engine = engine
+            return engine
+
+    def _prepare_file(self, engine: Engine) -> None:
+        """Switch a new file to WAL and create or upgrade its tables, one process at a time."""
+        with engine.connect() as connection:
+            if _version(connection) == SCHEMA_VERSION:
+                return
+        lock = Path(f"{self.url.database}.lock")
+        with lock.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            with engine.connect() as connection:
+                connection.rollback()
+                raw = connection.connection.dbapi_connection
+                assert raw is not None
+                raw.execute("PRAGMA journal_mode=WAL")  # type: ignore[attr-defined]  # sqlite3's own method
+                found = _version(connection)
+            if found != SCHEMA_VERSION:
+                self.migrate()
+
+    def _measure_clock(self) -> None:
+        with self.reading() as connection:
+            before = time.monotonic()
+            theirs: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+            middle = (before + time.monotonic()) / 2
+        self._offset = theirs.astimezone(UTC) - datetime.fromtimestamp(middle, UTC)
+        self._measured = time.monotonic()
+
+    @contextmanager
+    def _unavailable(self) -> Iterator[None]:
+        """Raise our own error where the server, and not the statement, is at fault."""
+        try:
+            yield
+        except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
+            raise DatabaseUnavailableError(
+                f"database {self.url.render_as_string()!r} does not answer: {_first_line(error)}"
+            ) from error
+        except exc.DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            raise DatabaseUnavailableError(
+                f"database {self.url.render_as_string()!r} broke the connection: {_first_line(error)}"
+            ) from error
+
+
+_databases: dict[str, Database] = {}
+#: Engines of the parent process, kept so that no destructor closes its connections in a child.
+_inherited: list[Engine] = []
+
+
+def database_at(url: str) -> Database:
+    """The Database of this process behind ``url``; nothing is opened before its first use."""
+    found = _databases.get(url)
+    if found is None:
+        found = _databases.setdefault(url, Database(url))
+    return found
+
+
+def _forget_inherited() -> None:
+    for database in _databases.values():
+        database.forget()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)
+
+
+def _tune_sqlite(connection: Any, _record: object) -> None:
+    # WAL with NORMAL survives the death of any process; only a power cut may take the last transactions.
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A deferred transaction that turns into a writer fails at once with "database is locked" instead of waiting.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
+
+
+def _version(connection: Connection) -> str | None:
+    if not connection.dialect.has_table(connection, VERSION_TABLE):
+        return None
+    found: str | None = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+
+
+def joined(database: Database, session: Any) -> Connection:
+    """The connection of a SQLAlchemy Session, so that what is written commits or rolls back with it.
+
+    Raises:
+        ConfigurationError: The session is on another database.
+    """
+    with database.reading():
+        pass  # the tables exist before the caller's transaction relies on them
+    theirs = session.get_bind().url
+    if _place(theirs) != _place(database.url):
+        raise ConfigurationError(
+            f"the session is on {theirs.render_as_string()!r}, llmtasks keeps its tables in {database.url.render_as_string()!r}: "
+            "use a session on the same database, or none"
+        )
+    connection: Connection = session.connection()
+    return connection
+
+
+def _place(url: URL) -> tuple[object, ...]:
+    if url.get_backend_name() == "sqlite":
+        return ("sqlite", Path(str(url.database)).absolute())
+    return (url.get_backend_name(), url.host or "localhost", url.port, url.database, url.query.get("host"))

@@ -1,0 +1,169 @@
+"""The outbox: messages that are owed to the broker. Taking one reserves it for a while; publishing removes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import Connection, bindparam, delete, literal, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from llmtasks.states import RunState
+from llmtasks.store.rows import UtcDateTime, outbox, runs
+
+RUN: Final = "run"
+DELIVER: Final = "deliver"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What the sender needs to publish a run; the texts are JSON."""
+
+    run_id: str
+    kind: str
+    app: str
+    func_name: str
+    args: str | None
+    kwargs: str | None
+    #: None where only ``replacement`` says what to send.
+    envelope: str | None
+    queue: str | None
+    priority: int
+    #: Attempts already ended: Celery's ``retries``.
+    attempts: int
+    replacement: str | None
+    schedule_id: str | None
+    #: Until then nobody else sends it; what was put into the outbox again meanwhile has another time.
+    reserved_until: datetime
+
+    @property
+    def delivers(self) -> bool:
+        """Whether the message only tells Celery an end that is in the ledger."""
+        return self.kind == DELIVER
+
+
+def _put(dialect: str) -> Any:
+    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
+    statement = kind(outbox).values({column.name: bindparam(column.name) for column in outbox.columns})
+    new = statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=["run_id"], set_={"kind": new.kind, "available_at": new.available_at}
+    )
+
+
+def _put_new(dialect: str) -> Any:
+    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
+    new = select(runs.c.id, runs.c.app, literal(RUN), bindparam("now", type_=UtcDateTime())).where(
+        runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.state == RunState.PENDING, runs.c.publications == 0
+    )
+    return kind(outbox).from_select(["run_id", "app", "kind", "available_at"], new).on_conflict_do_nothing()
+
+
+_PUT_NEW: Final = {dialect: _put_new(dialect) for dialect in ("sqlite", "postgresql")}
+_PUT: Final = {dialect: _put(dialect) for dialect in ("sqlite", "postgresql")}
+_MESSAGE: Final = (
+    outbox.c.run_id, outbox.c.kind, outbox.c.app, runs.c.func_name, runs.c.args, runs.c.kwargs, runs.c.envelope,
+    runs.c.queue, runs.c.priority, runs.c.attempts, runs.c.replacement, runs.c.schedule_id,
+)  # fmt: skip
+_DUE: Final = (
+    select(*_MESSAGE)
+    .join(runs, runs.c.id == outbox.c.run_id)
+    .where(outbox.c.app == bindparam("app"), outbox.c.available_at <= bindparam("now"))
+    .order_by(outbox.c.available_at)
+    .limit(bindparam("limit"))
+    .with_for_update(skip_locked=True, of=outbox)
+)
+_THESE: Final = (
+    select(*_MESSAGE)
+    .join(runs, runs.c.id == outbox.c.run_id)
+    .where(outbox.c.run_id.in_(bindparam("ids", expanding=True)))
+)
+_RESERVE: Final = (
+    update(outbox).where(outbox.c.run_id.in_(bindparam("ids", expanding=True))).values(available_at=bindparam("until"))
+)
+_REMOVE: Final = delete(outbox).where(outbox.c.run_id.in_(bindparam("ids", expanding=True)))
+_SENT: Final = (
+    delete(outbox)
+    .where(outbox.c.run_id.in_(bindparam("ids", expanding=True)), outbox.c.available_at == bindparam("until"))
+    .returning(outbox.c.run_id)
+)
+_QUEUED: Final = (
+    update(runs)
+    .where(runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.state == RunState.PENDING)
+    .values(state=RunState.QUEUED)
+)
+_PUBLISHED: Final = (
+    update(runs)
+    .where(runs.c.id.in_(bindparam("ids", expanding=True)))
+    .values(published_at=bindparam("now"), publications=runs.c.publications + 1, replacement=None)
+)
+_WAITING: Final = (
+    select(outbox.c.run_id).where(outbox.c.app == bindparam("app"), outbox.c.available_at <= bindparam("now")).limit(1)
+)
+
+
+def put(tx: Connection, app: str, ids: Iterable[str], available_at: datetime, kind: str = RUN) -> None:
+    """Owe the broker a message for each run; a run that has one keeps one, with the new kind and time."""
+    rows = [{"run_id": run_id, "app": app, "kind": kind, "available_at": available_at} for run_id in ids]
+    if rows:
+        tx.execute(_PUT[tx.dialect.name], rows)
+
+
+def put_new(tx: Connection, ids: list[str], now: datetime) -> None:
+    """Owe the broker a message for each of these runs that is pending and was never published."""
+    tx.execute(_PUT_NEW[tx.dialect.name], {"ids": ids, "now": now})
+
+
+def is_due(tx: Connection, app: str, now: datetime) -> bool:
+    """Whether any message waits to be published."""
+    return tx.execute(_WAITING, {"app": app, "now": now}).first() is not None
+
+
+def take_due(tx: Connection, app: str, now: datetime, until: datetime, limit: int) -> list[Message]:
+    """Reserve up to ``limit`` due messages until ``until``; others reserved at the same moment are passed over."""
+    found = [
+        Message(**row._mapping, reserved_until=until)
+        for row in tx.execute(_DUE, {"app": app, "now": now, "limit": limit})
+    ]
+    if found:
+        tx.execute(_RESERVE, {"ids": [item.run_id for item in found], "until": until})
+    return found
+
+
+def take_these(tx: Connection, ids: list[str], until: datetime) -> list[Message]:
+    """Reserve the messages of these runs until ``until``, in the transaction that made them."""
+    found = {row.run_id: Message(**row._mapping, reserved_until=until) for row in tx.execute(_THESE, {"ids": ids})}
+    if found:
+        tx.execute(_RESERVE, {"ids": list(found), "until": until})
+    return [found[run_id] for run_id in ids if run_id in found]
+
+
+def published(tx: Connection, messages: list[Message], now: datetime) -> None:
+    """The broker has these messages. One that was put into the outbox again since it was taken stays there."""
+    for until in {item.reserved_until for item in messages}:
+        ids = [item.run_id for item in messages if item.reserved_until == until]
+        sent = list(tx.execute(_SENT, {"ids": ids, "until": until}).scalars())
+        if sent:
+            tx.execute(_PUBLISHED, {"ids": sent, "now": now})
+            tx.execute(_QUEUED, {"ids": sent})
+
+
+def deliver(tx: Connection, app: str, run_id: str, now: datetime) -> None:
+    """Owe the broker the message that tells a run's end."""
+    put(tx, app, [run_id], now, DELIVER)
+    tx.execute(update(runs).where(runs.c.id == run_id).values(delivery_sent_at=now))
+
+
+def requeue(tx: Connection, app: str, run_id: str, now: datetime, until: datetime) -> list[Message]:
+    """Owe the broker the message of a run that was released, and reserve it for the caller."""
+    put(tx, app, [run_id], now)
+    tx.execute(update(runs).where(runs.c.id == run_id, runs.c.state == RunState.QUEUED).values(state=RunState.PENDING))
+    return take_these(tx, [run_id], until)
+
+
+def remove(tx: Connection, ids: list[str]) -> None:
+    """Nothing is owed for these runs any more."""
+    if ids:
+        tx.execute(_REMOVE, {"ids": ids})

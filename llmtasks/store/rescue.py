@@ -1,0 +1,224 @@
+"""What keepers write: lost runs, due retries, ends to deliver, messages to send again. Every function is safe to call twice."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, and_, case, func, null, or_, select, update
+
+from llmtasks.states import ENDED, RunState
+from llmtasks.store import outbox, slots
+from llmtasks.store.rows import runs
+
+#: Rows that one keeper takes in one transaction.
+BATCH: Final = 200
+#: An end sent for delivery is sent again after this time.
+DELIVERY_PATIENCE: Final = timedelta(seconds=10)
+#: The first republication of a queued run is after this time, the next after twice as long, and so on.
+REPUBLISH_AFTER: Final = timedelta(minutes=10)
+#: A queued run whose queue is empty is published again when queued for longer than this.
+EMPTY_QUEUE_PATIENCE: Final = timedelta(seconds=30)
+
+
+def lose_silent(tx: Connection, app: str, silent_since: datetime, now: datetime, failure: str) -> list[str]:
+    """End the attempts of runs whose owner has not stamped them since; returns the ids of those to publish.
+
+    Args:
+        failure: The error, packed as Celery's backends keep it, for the runs that have no attempt left.
+    """
+    return lose(
+        tx,
+        and_(runs.c.app == app, ~runs.c.delivered, runs.c.heartbeat_at < silent_since),
+        now,
+        error="WorkerLostError: the worker that held the run stopped answering",
+        failure=failure,
+    )
+
+
+def lose(
+    tx: Connection,
+    condition: ColumnElement[bool],
+    now: datetime,
+    *,
+    error: str,
+    failure: str,
+    delay: timedelta | None = None,
+) -> list[str]:
+    """End running attempts that died without a word.
+
+    Each counts. A run with attempts left is pending again (or ``retrying`` for ``delay``), one with a cancel request is
+    cancelled, the others have failed.
+
+    Returns:
+        The ids of the runs whose messages are to be published now.
+    """
+    lost = list(
+        tx.execute(
+            select(runs.c.id)
+            .where(condition, runs.c.state == RunState.RUNNING)
+            .order_by(runs.c.id)
+            .limit(BATCH)
+            .with_for_update(skip_locked=True)
+        ).scalars()
+    )
+    if not lost:
+        return []
+    these = and_(runs.c.id.in_(lost), runs.c.state == RunState.RUNNING)
+    asked = runs.c.cancel_requested_at.is_not(None)
+    last = and_(runs.c.max_retries.is_not(None), runs.c.attempts >= runs.c.max_retries)
+    again = RunState.PENDING if delay is None else RunState.RETRYING
+    tx.execute(
+        update(runs)
+        .where(these)
+        .values(
+            state=case((asked, RunState.CANCELLED.value), (last, RunState.FAILED.value), else_=again.value),
+            attempts=runs.c.attempts + 1,
+            losses=runs.c.losses + 1,
+            owner=None,
+            heartbeat_at=None,
+            ended_at=case((or_(asked, last), now), else_=null()),
+            next_attempt_at=None if delay is None else now + delay,
+            error=error,
+            failure=failure,
+            reason=case((asked, runs.c.reason), else_=error),
+            delivered=False,
+        )
+    )
+    rows = tx.execute(select(runs.c.id, runs.c.app, runs.c.state).where(runs.c.id.in_(lost))).all()
+    handed: list[str] = []
+    for row in rows:
+        handed += slots.free(tx, row.id, now)
+    pending = [row.id for row in rows if row.state == RunState.PENDING]
+    if pending:
+        outbox.put(tx, rows[0].app, pending, now)
+    return pending + handed
+
+
+def start_retries(tx: Connection, app: str, now: datetime) -> list[str]:
+    """Move the runs whose next attempt is due to the outbox; returns their ids."""
+    due = list(
+        tx.execute(
+            select(runs.c.id)
+            .where(
+                runs.c.app == app, ~runs.c.delivered, runs.c.state == RunState.RETRYING, runs.c.next_attempt_at <= now
+            )
+            .order_by(runs.c.next_attempt_at)
+            .limit(BATCH)
+            .with_for_update(skip_locked=True)
+        ).scalars()
+    )
+    if due:
+        tx.execute(
+            update(runs)
+            .where(runs.c.id.in_(due), runs.c.state == RunState.RETRYING)
+            .values(state=RunState.PENDING, next_attempt_at=None)
+        )
+        outbox.put(tx, app, due, now)
+    return due
+
+
+def promote(tx: Connection, app: str, now: datetime) -> list[str]:
+    """Hand free slots to waiting runs that nobody handed one; returns the ids of those that can go."""
+    handed: list[str] = []
+    for scope in slots.waiting_scopes(tx, app):
+        handed += slots.hand_over(tx, scope, now, limit=BATCH)
+    return handed
+
+
+def send_ends(tx: Connection, app: str, silent_since: datetime, now: datetime) -> list[str]:
+    """Put the ends that Celery was not told, and that nobody holds, into the outbox; returns their ids."""
+    untold = list(
+        tx.execute(
+            select(runs.c.id)
+            .where(
+                runs.c.app == app,
+                ~runs.c.delivered,
+                runs.c.state.in_(ENDED),
+                runs.c.func_name != "",
+                or_(runs.c.owner.is_(None), runs.c.heartbeat_at < silent_since),
+                or_(runs.c.delivery_sent_at.is_(None), runs.c.delivery_sent_at < now - DELIVERY_PATIENCE),
+            )
+            .order_by(runs.c.ended_at)
+            .limit(BATCH)
+            .with_for_update(skip_locked=True)
+        ).scalars()
+    )
+    if untold:
+        tx.execute(update(runs).where(runs.c.id.in_(untold)).values(delivery_sent_at=now))
+        outbox.put(tx, app, untold, now, outbox.DELIVER)
+    return untold
+
+
+def queued_long(tx: Connection, app: str, now: datetime) -> list[tuple[str, str | None, bool]]:
+    """Queued runs that may have been lost by the broker: id, queue, and whether to send it without looking at the queue."""
+    rows = tx.execute(
+        select(runs.c.id, runs.c.queue, runs.c.published_at, runs.c.publications)
+        .where(
+            runs.c.app == app,
+            ~runs.c.delivered,
+            runs.c.state == RunState.QUEUED,
+            runs.c.published_at < now - EMPTY_QUEUE_PATIENCE,
+            runs.c.envelope.is_not(None),
+        )
+        .order_by(runs.c.published_at)
+        .limit(BATCH)
+    )
+    return [
+        (row.id, row.queue, row.published_at < now - REPUBLISH_AFTER * 2 ** min(max(row.publications, 1) - 1, 10))
+        for row in rows
+    ]
+
+
+def republish(tx: Connection, app: str, ids: list[str], now: datetime) -> None:
+    """Owe the broker the messages of queued runs again; the attempt they carry is the same."""
+    still = list(
+        tx.execute(
+            select(runs.c.id)
+            .where(runs.c.id.in_(ids), runs.c.state == RunState.QUEUED)
+            .with_for_update(skip_locked=True)
+        ).scalars()
+    )
+    outbox.put(tx, app, still, now)
+    if still:
+        tx.execute(update(runs).where(runs.c.id.in_(still)).values(state=RunState.PENDING))
+
+
+def next_due(tx: Connection, app: str) -> datetime | None:
+    """The earliest stored time of a next attempt."""
+    found: Any = tx.execute(
+        select(func.min(runs.c.next_attempt_at)).where(
+            runs.c.app == app, ~runs.c.delivered, runs.c.state == RunState.RETRYING
+        )
+    ).scalar()
+    return found  # type: ignore[no-any-return]  # min() keeps the column's type
+
+
+def owned_by(owner: str, run_id: str) -> ColumnElement[bool]:
+    """The condition that names the running attempt of one run of one process."""
+    return and_(runs.c.id == run_id, runs.c.owner == owner)
+
+
+def release(tx: Connection, owner: str, run_id: str, now: datetime) -> tuple[bool, list[str]]:
+    """Give up a running attempt without counting it: the broker gives the message back, or a keeper sends it again.
+
+    Returns:
+        Whether the run was that owner's, and the ids of the runs that got its slots.
+    """
+    moved = tx.execute(
+        update(runs)
+        .where(owned_by(owner, run_id), runs.c.state == RunState.RUNNING)
+        .values(state=RunState.QUEUED, owner=None, heartbeat_at=None, published_at=now)
+    ).rowcount
+    return (True, slots.free(tx, run_id, now)) if moved else (False, [])
+
+
+def abandon_end(tx: Connection, owner: str, run_id: str) -> None:
+    """An owner died after its run ended and before Celery was told: nobody holds it now."""
+    tx.execute(update(runs).where(owned_by(owner, run_id), runs.c.state.in_(ENDED)).values(owner=None))
+
+
+def state_of(tx: Connection, run_id: str) -> RunState | None:
+    """The state of a run; None where the ledger does not know it."""
+    found = tx.execute(select(runs.c.state).where(runs.c.id == run_id)).scalar()
+    return RunState(found) if found else None

@@ -1,0 +1,224 @@
+"""The tables. One row type per idea of the design; instants are UTC and refuse naive values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    false,
+    literal_column,
+    text,
+)
+
+from llmtasks.states import RunState
+
+#: The revision in migrations/versions that creates exactly these tables.
+SCHEMA_VERSION: Final = "0001"
+VERSION_TABLE: Final = "llmtasks_version"
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A UTC instant: naive datetimes are refused on the way in and never come out."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse naive values; turn the rest to UTC."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"naive datetime {value!r}: expected one with a time zone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Put UTC back where the database does not keep it."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata: Final = MetaData()
+
+
+schedules: Final = Table(
+    "llmtasks_schedules",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("app", String(100), nullable=False),
+    Column("name", String(200), nullable=False),
+    #: "app:name" of a schedule declared in code, which is unique; NULL for those created by Task.
+    Column("declared_key", String(301), unique=True),
+    Column("func_name", String(200), nullable=False),
+    Column("args", Text, nullable=False),
+    Column("kwargs", Text, nullable=False),
+    #: once, interval or cron.
+    Column("kind", String(10), nullable=False),
+    Column("expression", String(200)),
+    Column("timezone", String(64)),
+    Column("every_us", BigInteger),
+    #: The grid's origin of an interval, the instant of a one-off.
+    Column("anchor", UtcDateTime),
+    #: JSON object: priority, timeout, max_retries, max_instances, queue, misfire, misfire_grace as given.
+    Column("options", Text, nullable=False),
+    Column("state", String(12), nullable=False),
+    Column("reason", Text),
+    #: NULL unless the schedule is active and will fire.
+    Column("next_run_at", UtcDateTime),
+    Column("last_run_at", UtcDateTime),
+    Column("ends_at", UtcDateTime),
+    #: The function is a plain Celery task of the app's own: its runs end when they are published.
+    Column("handed", Boolean, nullable=False, server_default=false()),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+    # Only a schedule with a next run is in this index, whatever the table's size.
+    Index(
+        "ix_llmtasks_schedules_due",
+        "app",
+        "next_run_at",
+        sqlite_where=text("next_run_at IS NOT NULL"),
+        postgresql_where=text("next_run_at IS NOT NULL"),
+    ),
+    Index("ix_llmtasks_schedules_name", "app", "name"),
+)
+
+runs: Final = Table(
+    "llmtasks_runs",
+    metadata,
+    #: Celery's task id.
+    Column("id", String(255), primary_key=True),
+    Column("app", String(100), nullable=False),
+    Column("func_name", String(200), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("schedule_id", String(36)),
+    Column("scheduled_for", UtcDateTime),
+    Column("state", String(12), nullable=False),
+    Column("reason", Text),
+    Column("args", Text),
+    Column("kwargs", Text),
+    #: JSON object with what sending the message again needs beside args and kwargs; NULL once delivered.
+    Column("envelope", Text),
+    Column("queue", String(200)),
+    Column("priority", Integer, nullable=False),
+    #: max_instances of the function and of the schedule; NULL is no limit.
+    Column("function_slots", Integer),
+    Column("schedule_slots", Integer),
+    #: Attempts that ended and count.
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    #: How many of them were lost with their worker.
+    Column("losses", Integer, nullable=False, server_default=text("0")),
+    #: NULL until a worker that knows the function claims the run.
+    Column("max_retries", Integer),
+    Column("retry_delay", Float),
+    Column("next_attempt_at", UtcDateTime),
+    #: Raised by every claim; fences every later write of that claim.
+    Column("claim_no", Integer, nullable=False, server_default=text("0")),
+    Column("owner", String(80)),
+    Column("heartbeat_at", UtcDateTime),
+    Column("worker", String(200)),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("published_at", UtcDateTime),
+    Column("publications", Integer, nullable=False, server_default=text("0")),
+    Column("started_at", UtcDateTime),
+    Column("attempt_started_at", UtcDateTime),
+    Column("ended_at", UtcDateTime),
+    #: Seconds of the last attempt.
+    Column("run_seconds", Float),
+    Column("cpu_seconds", Float),
+    #: Bytes.
+    Column("peak_memory", BigInteger),
+    Column("result", Text),
+    #: One line: the error's type and message.
+    Column("error", Text),
+    #: JSON: the error as Celery's backends keep it, to raise it again.
+    Column("failure", Text),
+    Column("traceback", Text),
+    #: The end has reached Celery: result stored, links and chord told. False while the run is live.
+    Column("delivered", Boolean, nullable=False, server_default=false()),
+    #: When the keeper last sent the end for delivery.
+    Column("delivery_sent_at", UtcDateTime),
+    Column("callback_calls", Integer, nullable=False, server_default=text("0")),
+    Column("cancel_requested_at", UtcDateTime),
+    #: How many missed instants this run stands for, itself included.
+    Column("stands_for", Integer, nullable=False, server_default=text("1")),
+    #: JSON of the signature that takes this run's place until it is published.
+    Column("replacement", Text),
+    UniqueConstraint("schedule_id", "scheduled_for", name="uq_llmtasks_runs_instant"),
+    # What keepers look at: rows leave this index for ever when their end is delivered.
+    Index(
+        "ix_llmtasks_runs_open",
+        "app",
+        "state",
+        "heartbeat_at",
+        sqlite_where=text("delivered = 0"),
+        postgresql_where=text("NOT delivered"),
+    ),
+    Index("ix_llmtasks_runs_created", "app", "created_at"),
+    Index("ix_llmtasks_runs_ended", "ended_at"),
+)
+
+outbox: Final = Table(
+    "llmtasks_outbox",
+    metadata,
+    Column("run_id", String(255), primary_key=True),
+    Column("app", String(100), nullable=False),
+    #: Whether the message is for running the function or for telling Celery an end ("deliver").
+    Column("kind", String(10), nullable=False),
+    #: Nobody publishes it before; taking a message moves this on, so that a dead relay's work is taken over.
+    Column("available_at", UtcDateTime, nullable=False),
+    Index("ix_llmtasks_outbox_available", "app", "available_at"),
+)
+
+slots: Final = Table(
+    "llmtasks_slots",
+    metadata,
+    #: "function:app:name" or "schedule:id".
+    Column("scope", String(320), primary_key=True),
+    #: 0 .. max_instances - 1: the primary key is what makes the limit hold.
+    Column("place", Integer, primary_key=True, autoincrement=False),
+    Column("run_id", String(255), nullable=False),
+    Column("taken_at", UtcDateTime, nullable=False),
+    Index("ix_llmtasks_slots_run", "run_id"),
+)
+
+processes: Final = Table(
+    "llmtasks_processes",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("app", String(100), nullable=False),
+    #: worker or beat.
+    Column("kind", String(10), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("pool", String(100)),
+    Column("concurrency", Integer),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("heartbeat_at", UtcDateTime, nullable=False),
+    Column("cpu_percent", Float),
+    #: Bytes, children included.
+    Column("memory", BigInteger),
+    #: JSON list: the names of code-declared schedules that this beat knows.
+    Column("declared", Text),
+)
+
+
+def state_in(states: Iterable[RunState]) -> ColumnElement[bool]:
+    """Whether a run is in one of ``states``, spelled out: a bound list cannot be used with many rows of parameters."""
+    return runs.c.state.in_([literal_column(f"'{state}'") for state in sorted(states)])

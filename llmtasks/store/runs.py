@@ -1,0 +1,315 @@
+"""The ledger: what a run is, how one is opened, read, listed and cancelled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import Connection, Row, and_, bindparam, delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from llmtasks.states import ENDED, UNSTARTED, RunState
+from llmtasks.store import outbox, slots
+from llmtasks.store.rows import runs
+
+#: Live runs and undelivered ends are few; a purge deletes at most this many rows in one transaction.
+PURGE_SLICE: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One intended execution as the ledger has it; instants are UTC, durations seconds, memory bytes."""
+
+    id: str
+    name: str
+    func_name: str
+    state: RunState
+    reason: str | None
+    args: list[Any]
+    kwargs: dict[str, Any]
+    schedule_id: str | None
+    scheduled_for: datetime | None
+    queue: str | None
+    priority: int
+    #: Attempts that ended and count: succeeded, failed, timed out or lost.
+    attempts: int
+    losses: int
+    max_retries: int | None
+    next_attempt_at: datetime | None
+    worker: str | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    run_seconds: float | None
+    cpu_seconds: float | None
+    peak_memory: int | None
+    result: Any
+    error: str | None
+    traceback: str | None
+    delivered: bool
+    cancel_requested_at: datetime | None
+    #: How many missed instants the run stands for, itself included.
+    stands_for: int
+
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt that runs now or ran last: 1, 2, ..."""
+        return max(1, self.attempts if self.state in ENDED else self.attempts + 1)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The keyword arguments, under the name that Task uses."""
+        return self.kwargs
+
+    @property
+    def wait_seconds(self) -> float | None:
+        """Seconds from its creation to its first start; None before that."""
+        return (self.started_at - self.created_at).total_seconds() if self.started_at else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRun:
+    """What opens a run. ``args`` and ``kwargs`` are JSON texts, ``envelope`` the JSON of what else its message needs."""
+
+    id: str
+    app: str
+    func_name: str
+    name: str
+    args: str | None
+    kwargs: str | None
+    envelope: str | None
+    queue: str | None
+    priority: int
+    schedule_id: str | None = None
+    scheduled_for: datetime | None = None
+    schedule_slots: int | None = None
+    max_retries: int | None = None
+    stands_for: int = 1
+    reason: str | None = None
+
+
+_COLUMNS: Final = [runs.c[name] for name in Run.__dataclass_fields__]
+_GET: Final = select(*_COLUMNS).where(runs.c.id == bindparam("id"))
+_OPENED: Final = (
+    "id", "app", "func_name", "name", "args", "kwargs", "envelope", "queue", "priority", "schedule_id", "scheduled_for",
+    "schedule_slots", "max_retries", "stands_for", "reason", "created_at", "state", "delivered", "ended_at",
+)  # fmt: skip
+
+
+def _insert(dialect: str) -> Any:
+    """INSERT that leaves an existing row, by id or by instant, as it is."""
+    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
+    return kind(runs).values({name: bindparam(name) for name in _OPENED}).on_conflict_do_nothing()
+
+
+_INSERT: Final = {dialect: _insert(dialect) for dialect in ("sqlite", "postgresql")}
+
+
+def open_run(tx: Connection, new: NewRun, now: datetime, available_at: datetime | None = None) -> bool:
+    """Record a run and leave its message in the outbox; say whether it is new.
+
+    A run with the same id, or of the same instant of the same schedule, is left as it is.
+
+    Args:
+        available_at: When its message may be sent; defaults to ``now``.
+    """
+    opened = tx.execute(_INSERT[tx.dialect.name], _row(new, now, RunState.PENDING)).rowcount == 1
+    if opened:
+        outbox.put(tx, new.app, [new.id], available_at or now)
+    return opened
+
+
+def open_many(tx: Connection, new: Sequence[NewRun], now: datetime) -> None:
+    """Record runs whose instants nobody else can claim in this transaction, and leave their messages in the outbox.
+
+    An instant that has its run already keeps it, and no second message is left.
+    """
+    if not new:
+        return
+    tx.execute(_INSERT[tx.dialect.name], [_row(item, now, RunState.PENDING) for item in new])
+    outbox.put_new(tx, [item.id for item in new], now)
+
+
+def record_ended(tx: Connection, new: NewRun, now: datetime, state: RunState) -> bool:
+    """Record a run that ends as it begins (a skipped instant, an entry handed to Celery); say whether it is new."""
+    return tx.execute(_INSERT[tx.dialect.name], _row(new, now, state)).rowcount == 1
+
+
+def record_untold(tx: Connection, new: NewRun, now: datetime, state: RunState) -> None:
+    """Record a run that ended before it began and whose end Celery is still to be told."""
+    tx.execute(_INSERT[tx.dialect.name], {**_row(new, now, state), "delivered": False})
+
+
+def adopt_message(tx: Connection, new: NewRun) -> None:
+    """Complete a run that was cancelled before anybody knew it with what its message says."""
+    given = {
+        name: getattr(new, name) for name in ("func_name", "name", "args", "kwargs", "envelope", "queue", "priority")
+    }
+    tx.execute(update(runs).where(runs.c.id == new.id, runs.c.func_name == "").values(given))
+
+
+def end_unheld(tx: Connection, run_id: str, now: datetime, state: RunState, reason: str) -> None:
+    """End a live run without an attempt, whoever held it; its slots go to whoever waits."""
+    tx.execute(
+        update(runs)
+        .where(runs.c.id == run_id, runs.c.state.not_in(ENDED))
+        .values(state=state, reason=reason, ended_at=now, owner=None, next_attempt_at=None)
+    )
+    slots.free(tx, run_id, now)
+    outbox.remove(tx, [run_id])
+
+
+def end_handed(tx: Connection, run_id: str, now: datetime) -> None:
+    """End the run of a plain Celery task once its message is with the broker."""
+    tx.execute(
+        update(runs)
+        .where(runs.c.id == run_id, runs.c.state == RunState.QUEUED)
+        .values(state=RunState.SKIPPED, reason="handed to Celery", ended_at=now, delivered=True, envelope=None)
+    )
+
+
+def get(tx: Connection, run_id: str) -> Run | None:
+    """The run with this id."""
+    row = tx.execute(_GET, {"id": run_id}).one_or_none()
+    return _run(row) if row else None
+
+
+def find(
+    tx: Connection,
+    app: str,
+    *,
+    states: Iterable[RunState] = (),
+    func_name: str | None = None,
+    schedule_id: str | None = None,
+    since: datetime | None = None,
+    limit: int = 100,
+) -> list[Run]:
+    """The latest runs of an app, newest first."""
+    query = select(*_COLUMNS).where(runs.c.app == app).order_by(runs.c.created_at.desc()).limit(limit)
+    wanted = list(states)
+    if wanted:
+        query = query.where(runs.c.state.in_(wanted))
+    if func_name is not None:
+        query = query.where(runs.c.func_name == func_name)
+    if schedule_id is not None:
+        query = query.where(runs.c.schedule_id == schedule_id)
+    if since is not None:
+        query = query.where(runs.c.created_at >= since)
+    return [_run(row) for row in tx.execute(query)]
+
+
+def cancel(tx: Connection, app: str, run_id: str, now: datetime, reason: str) -> Run | None:
+    """Cancel a run: at once where nothing holds it, by a request to its owner where one does.
+
+    An id that is not known yet is stored as cancelled, so that its message, when it comes, does not start.
+
+    Returns:
+        The run afterwards; None where the id was unknown.
+    """
+    before = get(tx, run_id)
+    if before is None:
+        unknown = NewRun(
+            id=run_id,
+            app=app,
+            func_name="",
+            name="",
+            args="[]",
+            kwargs="{}",
+            envelope="{}",
+            queue=None,
+            priority=5,
+            reason=reason,
+        )
+        record_ended(tx, unknown, now, RunState.CANCELLED)
+        return None
+    cancel_where(tx, runs.c.id == run_id, now, reason)
+    return get(tx, run_id)
+
+
+def cancel_of_schedule(tx: Connection, schedule_id: str, now: datetime, reason: str) -> list[str]:
+    """Cancel every unfinished run of a schedule; returns their ids."""
+    live = and_(runs.c.schedule_id == schedule_id, runs.c.state.not_in(ENDED))
+    ids = list(tx.execute(select(runs.c.id).where(live)).scalars())
+    cancel_where(tx, live, now, reason)
+    return ids
+
+
+def cancel_where(tx: Connection, condition: Any, now: datetime, reason: str) -> None:
+    """Cancel the unstarted runs that meet ``condition`` and request it for the running ones."""
+    unstarted = and_(condition, runs.c.state.in_(UNSTARTED))
+    ids = list(tx.execute(select(runs.c.id).where(unstarted).order_by(runs.c.id)).scalars())
+    tx.execute(
+        update(runs)
+        .where(unstarted)
+        .values(
+            state=RunState.CANCELLED,
+            reason=reason,
+            ended_at=now,
+            owner=None,
+            cancel_requested_at=now,
+            next_attempt_at=None,
+        )
+    )
+    for run_id in ids:
+        slots.free(tx, run_id, now)
+    outbox.remove(tx, ids)
+    tx.execute(
+        update(runs)
+        .where(condition, runs.c.state == RunState.RUNNING, runs.c.cancel_requested_at.is_(None))
+        .values(cancel_requested_at=now, reason=reason)
+    )
+
+
+def purge(tx: Connection, app: str, before: datetime, func_name: str | None = None) -> int:
+    """Delete one slice of runs that ended before ``before`` and were delivered; returns how many."""
+    old = select(runs.c.id).where(
+        runs.c.app == app, runs.c.ended_at < before, runs.c.delivered, runs.c.state.in_(ENDED)
+    )
+    if func_name is not None:
+        old = old.where(runs.c.func_name == func_name)
+    ids = list(tx.execute(old.order_by(runs.c.ended_at).limit(PURGE_SLICE)).scalars())
+    if ids:
+        tx.execute(delete(runs).where(runs.c.id.in_(ids)))
+    return len(ids)
+
+
+def count_ended(tx: Connection, app: str, before: datetime) -> int:
+    """How many runs a purge up to ``before`` would delete."""
+    return tx.execute(
+        select(func.count()).select_from(runs).where(runs.c.app == app, runs.c.ended_at < before, runs.c.delivered)
+    ).scalar_one()
+
+
+def _row(new: NewRun, now: datetime, state: RunState) -> dict[str, Any]:
+    row = {name: getattr(new, name) for name in NewRun.__dataclass_fields__}
+    ended = state in ENDED
+    # An end that needs no telling is delivered from the start; a cancellation waits for the message it belongs to.
+    return {
+        **row,
+        "created_at": now,
+        "state": state,
+        "delivered": ended and state is not RunState.CANCELLED,
+        "ended_at": now if ended else None,
+    }
+
+
+def _run(row: Row[Any]) -> Run:
+    values = dict(row._mapping)
+    values["state"] = RunState(values["state"])
+    values["args"] = _loads(values["args"], [])
+    values["kwargs"] = _loads(values["kwargs"], {})
+    values["result"] = _loads(values["result"], None)
+    return Run(**values)
+
+
+def _loads(value: str | None, default: Any) -> Any:
+    """JSON that was cut to size is shown as the text that is left of it."""
+    if value is None:
+        return default
+    try:
+        return json.loads(value)
+    except ValueError:
+        return [value] if isinstance(default, list) else {"...": value} if isinstance(default, dict) else value

@@ -1,0 +1,222 @@
+"""Schedules: rows of a function, a trigger, arguments and a state; claiming the due ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+
+from llmtasks.errors import ConfigurationError
+from llmtasks.states import ScheduleState
+from llmtasks.store.rows import schedules
+from llmtasks.triggers import Cron, Interval, Once, Trigger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A stored schedule. ``args``, ``kwargs`` and ``options`` are values, JSON in the database."""
+
+    id: str
+    app: str
+    name: str
+    func_name: str
+    #: once, interval or cron, with the columns that it needs.
+    kind: str
+    expression: str | None = None
+    timezone: str | None = None
+    every_us: int | None = None
+    anchor: datetime | None = None
+    args: list[Any] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    declared_key: str | None = None
+    handed: bool = False
+    state: ScheduleState = ScheduleState.ACTIVE
+    reason: str | None = None
+    next_run_at: datetime | None = None
+    last_run_at: datetime | None = None
+    ends_at: datetime | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+    @property
+    def trigger(self) -> Trigger:
+        """The rule that names this schedule's instants.
+
+        Raises:
+            ConfigurationError: The row cannot be read as a trigger.
+        """
+        if self.kind == "cron" and self.expression is not None:
+            return Cron(self.expression, self.timezone or "UTC")
+        if self.kind == "interval" and self.every_us and self.anchor is not None:
+            return Interval(timedelta(microseconds=self.every_us), self.anchor)
+        if self.kind == "once" and self.anchor is not None:
+            return Once(self.anchor)
+        raise ConfigurationError(
+            f"schedule {self.id} ({self.name!r}) has no readable trigger: kind {self.kind!r}; save it again"
+        )
+
+    def same_trigger(self, other: Schedule) -> bool:
+        """Whether both name the same instants, the anchor of an interval aside."""
+        mine = (self.kind, self.expression, self.timezone, self.every_us)
+        theirs = (other.kind, other.expression, other.timezone, other.every_us)
+        return mine == theirs and (self.kind != "once" or self.anchor == other.anchor)
+
+
+def trigger_columns(trigger: Trigger) -> dict[str, Any]:
+    """A trigger as the columns of its row."""
+    match trigger:
+        case Cron():
+            return {
+                "kind": "cron",
+                "expression": trigger.expression,
+                "timezone": trigger.timezone,
+                "every_us": None,
+                "anchor": None,
+            }
+        case Interval():
+            every = trigger.every // timedelta(microseconds=1)
+            return {
+                "kind": "interval",
+                "expression": None,
+                "timezone": None,
+                "every_us": every,
+                "anchor": trigger.anchor,
+            }
+        case Once():
+            return {"kind": "once", "expression": None, "timezone": None, "every_us": None, "anchor": trigger.at}
+
+
+_DUE: Final = (
+    select(schedules)
+    .where(schedules.c.app == bindparam("app"), schedules.c.next_run_at <= bindparam("now"))
+    .order_by(schedules.c.next_run_at)
+    .limit(bindparam("limit"))
+    .with_for_update(skip_locked=True)
+)
+_NEXT: Final = (
+    select(schedules.c.next_run_at)
+    .where(schedules.c.app == bindparam("app"), schedules.c.next_run_at.is_not(None))
+    .order_by(schedules.c.next_run_at)
+    .limit(1)
+)
+_ADVANCE: Final = (
+    update(schedules)
+    .where(schedules.c.id == bindparam("schedule_id"))
+    .values(
+        next_run_at=bindparam("next_at"), last_run_at=func.coalesce(bindparam("last_at"), schedules.c.last_run_at),
+        state=bindparam("to"), reason=bindparam("why"),
+    )
+)  # fmt: skip
+
+
+def due(tx: Connection, app: str, now: datetime, limit: int) -> list[Row[Any]]:
+    """Lock and return up to ``limit`` due rows; those that another beat has locked are passed over."""
+    return list(tx.execute(_DUE, {"app": app, "now": now, "limit": limit}))
+
+
+def next_due(tx: Connection, app: str) -> datetime | None:
+    """The earliest next run of an app's schedules."""
+    found: datetime | None = tx.execute(_NEXT, {"app": app}).scalar()
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advance:
+    """Where a schedule stands after its due instants were dispatched."""
+
+    schedule_id: str
+    next_at: datetime | None
+    last_at: datetime | None
+    to: ScheduleState
+    why: str | None
+
+
+def advance(tx: Connection, moves: list[Advance]) -> None:
+    """Move schedules on, in the transaction that locked them."""
+    names = Advance.__dataclass_fields__
+    if moves:
+        tx.execute(_ADVANCE, [{name: getattr(item, name) for name in names} for item in moves])
+
+
+def get(tx: Connection, schedule_id: str, *, lock: bool = False) -> Schedule | None:
+    """The schedule with this id."""
+    query = select(schedules).where(schedules.c.id == schedule_id)
+    row = tx.execute(query.with_for_update() if lock else query).one_or_none()
+    return from_row(row) if row else None
+
+
+def find(
+    tx: Connection,
+    app: str,
+    *,
+    name: str | None = None,
+    func_name: str | None = None,
+    states: Iterable[ScheduleState] = (),
+    declared: bool | None = None,
+    limit: int | None = None,
+) -> list[Schedule]:
+    """The schedules of an app, by name."""
+    query = select(schedules).where(schedules.c.app == app).order_by(schedules.c.name, schedules.c.created_at)
+    if name is not None:
+        query = query.where(schedules.c.name == name)
+    if func_name is not None:
+        query = query.where(schedules.c.func_name == func_name)
+    wanted = list(states)
+    if wanted:
+        query = query.where(schedules.c.state.in_(wanted))
+    if declared is not None:
+        query = query.where(schedules.c.declared_key.is_not(None) if declared else schedules.c.declared_key.is_(None))
+    return [from_row(row) for row in tx.execute(query.limit(limit) if limit is not None else query)]
+
+
+def put(tx: Connection, schedule: Schedule, now: datetime) -> Schedule:
+    """Write a schedule as it is, new or changed; returns it with its times."""
+    row = _to_row(replace(schedule, created_at=schedule.created_at or now, updated_at=now))
+    changed = tx.execute(update(schedules).where(schedules.c.id == schedule.id).values(row)).rowcount
+    if not changed:
+        tx.execute(insert(schedules).values(row))
+    return from_row(tx.execute(select(schedules).where(schedules.c.id == schedule.id)).one())
+
+
+def put_many(tx: Connection, new: list[Schedule], now: datetime) -> None:
+    """Insert many new schedules."""
+    if new:
+        tx.execute(insert(schedules), [_to_row(replace(item, created_at=now, updated_at=now)) for item in new])
+
+
+def remove(tx: Connection, schedule_id: str) -> None:
+    """Delete a schedule's row; its runs stay in the ledger."""
+    tx.execute(delete(schedules).where(schedules.c.id == schedule_id))
+
+
+def count_by_state(tx: Connection, app: str) -> dict[ScheduleState, int]:
+    """How many schedules an app has in each state."""
+    rows = tx.execute(select(schedules.c.state, func.count()).where(schedules.c.app == app).group_by(schedules.c.state))
+    return {ScheduleState(state): count for state, count in rows}
+
+
+def overdue(tx: Connection, app: str, before: datetime) -> int:
+    """How many schedules should have fired before then and did not."""
+    query = select(func.count()).select_from(schedules).where(schedules.c.app == app, schedules.c.next_run_at < before)
+    return tx.execute(query).scalar_one()
+
+
+def from_row(row: Row[Any]) -> Schedule:
+    """A row as a Schedule."""
+    values = dict(row._mapping)
+    for name in ("args", "kwargs", "options"):
+        values[name] = json.loads(values[name])
+    values["state"] = ScheduleState(values["state"])
+    return Schedule(**values)
+
+
+def _to_row(schedule: Schedule) -> dict[str, Any]:
+    values = {name: getattr(schedule, name) for name in Schedule.__dataclass_fields__}
+    for name in ("args", "kwargs", "options"):
+        values[name] = json.dumps(values[name], ensure_ascii=False)
+    return values

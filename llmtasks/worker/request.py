@@ -1,0 +1,134 @@
+"""RunRequest: what the worker's main process does with a message of ours that its child could not end itself."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+
+from llmtasks import sender
+from llmtasks.dispatch import Station, relay, station
+from llmtasks.errors import LLMTasksError
+from llmtasks.holding import owner_of
+from llmtasks.states import ENDED, RunState
+from llmtasks.store import outbox, rescue, runs
+from llmtasks.store.runs import NewRun
+
+logger = logging.getLogger(__name__)
+
+#: A child that passed its hard limit may live for another moment; its next attempt must not overlap.
+AFTER_HARD_LIMIT = timedelta(seconds=1)
+
+
+class RunRequest(Request):  # type: ignore[misc]  # Celery has no types of its own
+    """Writes ends to the ledger and acknowledges; tells Celery nothing itself: that is for a child, by replay."""
+
+    @property
+    def _station(self) -> Station:
+        return station(self._app)
+
+    @property
+    def _delivers(self) -> bool:
+        return bool(self._request_dict.get(sender.DELIVER_HEADER))
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """A child died (lost, hard limit, sys.exit): end its attempt in the ledger. Other failures are the tracer's."""
+        error = _inner(exc_info)
+        died = isinstance(error, WorkerLostError | TimeLimitExceeded | SystemExit | KeyboardInterrupt)
+        if return_ok or not died or self._already_cancelled or self._already_revoked or worker_state.should_terminate:
+            return super().on_failure(exc_info, send_failed_event, return_ok)
+        worker_state.task_ready(self)
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            error = _inner(self._worker_lost_info(error))
+        try:
+            self._end_attempt(error)
+        except LLMTasksError as away:
+            # The message comes back, and the lease ends what the row still says.
+            logger.warning("run %s: its end cannot be written, the message goes back: %s", self.id, away)
+            self.reject(requeue=True)
+        return None
+
+    def _end_attempt(self, error: BaseException) -> None:
+        at, owner = self._station, owner_of(self.worker_pid)
+        line = f"{type(error).__name__}: {error}"
+        failure = sender.backend_exception(self._app, error)
+        delay = AFTER_HARD_LIMIT if isinstance(error, TimeLimitExceeded) else None
+        now = at.database.now()
+        with at.database.transaction() as tx:
+            pending = rescue.lose(tx, rescue.owned_by(owner, self.id), now, error=line, failure=failure, delay=delay)
+            rescue.abandon_end(tx, owner, self.id)
+            known = rescue.state_of(tx, self.id)
+        if known in {None, RunState.QUEUED} or (known is RunState.PENDING and self.id not in pending):
+            self.reject(requeue=True)  # it died before its claim
+        else:
+            self.acknowledge()
+        logger.warning("run %s: %s; it is %s", self.id, line, known)
+        relay(at, pending)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Say a soft limit. At a hard one billiard calls ``on_failure`` first (pool.py:746), which does all."""
+        if soft:
+            super().on_timeout(soft, timeout)
+
+    def revoked(self) -> bool:
+        """Whether to drop the message. One that only tells an end must get through, revoked or expired or not."""
+        return False if self._delivers else bool(super().revoked())
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Revoked, terminated: cancelled in the ledger; expired: skipped. A replay tells results, links and chord."""
+        worker_state.task_ready(self)
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        at = self._station
+        now = at.database.now()
+        state = RunState.SKIPPED if expired else RunState.CANCELLED
+        words = "expired before it started" if expired else "terminated" if terminated else "revoked"
+        with at.database.transaction() as tx:
+            known = runs.get(tx, self.id)
+            if known is None:
+                runs.record_untold(tx, self._as_run(at, words), now, state)
+            elif not known.func_name:
+                runs.adopt_message(tx, self._as_run(at, words))
+            elif known.state not in ENDED:
+                runs.end_unheld(tx, self.id, now, state, words)
+            outbox.deliver(tx, at.name, self.id, now)
+        self.acknowledge()
+        self._already_revoked = True
+        relay(at, [self.id])
+
+    def _announce_cancelled(self, emit_retry: bool = True) -> None:
+        """Cold shutdown or a broker gone: this worker ends the child. The run is released and nothing is counted."""
+        at = self._station
+        try:
+            with at.database.transaction() as tx:
+                _, handed = rescue.release(tx, owner_of(self.worker_pid), self.id, at.database.now())
+            relay(at, handed)
+        except LLMTasksError as away:
+            logger.warning("run %s cannot be released, its lease ends it: %s", self.id, away)
+        super()._announce_cancelled(emit_retry=False)
+
+    def _as_run(self, at: Station, reason: str) -> NewRun:
+        context = self._context
+        context.update(args=self.args, kwargs=self.kwargs)
+        where = self.delivery_info or {}
+        return NewRun(
+            id=self.id,
+            app=at.name,
+            func_name=self.task.name,
+            name=self.task.name,
+            args=sender.dumps(list(self.args), "args"),
+            kwargs=sender.dumps(dict(self.kwargs), "kwargs"),
+            envelope=sender.envelope_of_request(context, self._ignore_result),
+            queue=where.get("routing_key"),
+            priority=sender.user_priority(self._app, where.get("priority")),
+            reason=reason,
+        )
+
+
+def _inner(exc_info: Any) -> BaseException:
+    error: BaseException = exc_info.exception
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error

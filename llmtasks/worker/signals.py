@@ -1,0 +1,84 @@
+"""Celery's signals: one line each. Signals observe; what decides is the attempt and the request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from typing import Any
+
+from celery import signals
+
+from llmtasks import attempt
+from llmtasks.dispatch import station
+from llmtasks.holding import holdings
+from llmtasks.keeper import Keeper
+from llmtasks.run_task import RunTask
+from llmtasks.worker.heartbeat import ProcessHeart
+
+logger = logging.getLogger(__name__)
+
+
+class _Worker:
+    """What runs beside the consumer in the main process of this worker."""
+
+    keeper: Keeper | None = None
+    heart: ProcessHeart | None = None
+    grace: threading.Timer | None = None
+
+
+_worker = _Worker()
+
+
+@signals.worker_ready.connect
+def start_keeping(sender: Any, **_: object) -> None:
+    """The worker consumes: keep runs moving and say that it lives."""
+    at = station(sender.app)
+    _worker.keeper = Keeper(at)
+    _worker.keeper.start()
+    pool = sender.pool
+    _worker.heart = ProcessHeart(
+        at, name=sender.hostname, pool=type(pool).__module__.rpartition(".")[2], concurrency=pool.num_processes
+    )
+    _worker.heart.start()
+
+
+@signals.worker_shutting_down.connect
+def bound_shutdown(sig: str, how: str, **_: object) -> None:
+    """A warm shutdown waits for running runs, but not for ever: then they are put back, uncounted."""
+    if how != "Warm" or _worker.keeper is None or _worker.grace is not None:
+        return
+    seconds = station().settings.shutdown_grace
+    _worker.grace = threading.Timer(seconds, _end_shutdown, args=(seconds,))
+    _worker.grace.daemon = True
+    _worker.grace.start()
+
+
+@signals.worker_shutdown.connect
+def stop_keeping(**_: object) -> None:
+    """The worker ends in order."""
+    if _worker.grace is not None:
+        _worker.grace.cancel()
+    if _worker.keeper is not None:
+        _worker.keeper.stop()
+    if _worker.heart is not None:
+        _worker.heart.stop()
+
+
+@signals.worker_process_shutdown.connect
+def flush_child(**_: object) -> None:
+    """A prefork child ends in order: write down what it delivered."""
+    holdings.flush()
+
+
+@signals.task_postrun.connect
+def let_go(task: Any, **_: object) -> None:
+    """The tracer lets go of a request."""
+    if isinstance(task, RunTask):
+        attempt.let_go(task)
+
+
+def _end_shutdown(seconds: float) -> None:
+    logger.warning("runs still go on %s s after the shutdown began: they are put back for another worker", seconds)
+    os.kill(os.getpid(), signal.SIGQUIT)  # Celery's cold shutdown cancels what runs and gives it back
