@@ -15,19 +15,24 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from billiard import current_process
 
 from llmtasks.bridge import Body, NotYours
 from llmtasks.dispatch import Station, relay
-from llmtasks.errors import LLMTasksError
+from llmtasks.errors import DatabaseUnavailableError, LLMTasksError
 from llmtasks.states import RunState
 from llmtasks.store import claims
 from llmtasks.store.claims import Claim, Delivered, End
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: The longest wait between two tries to reach the ledger.
+LEDGER_PAUSE: Final = 1.0
 
 #: Made once before any fork, so that the main process knows how its children call themselves.
 BOOT_ID: Final = f"{socket.gethostname()[:40]}/{uuid.uuid4().hex[:12]}"
@@ -62,6 +67,27 @@ def owner_of(pid: int | None = None) -> str:
 def in_pool_child() -> bool:
     """Whether this process is a child of the prefork pool, which may be ended without ending the worker."""
     return bool(current_process().name != "MainProcess")
+
+
+def hold_of(request: Any) -> Hold | None:
+    """What this process holds for a request of Celery's; None outside an attempt of ours."""
+    return getattr(request, "llm_hold", None)
+
+
+def persist(at: Station, write: Callable[[], T]) -> T:
+    """Do a write that must not be given up: an outage of the database delays it, and is said once."""
+    pause, said = 0.05, False
+    while True:
+        try:
+            found = write()
+        except DatabaseUnavailableError as error:
+            if not said:
+                logger.warning("waiting for the ledger: %s", error)
+            said = True
+            time.sleep(pause)
+            pause = min(LEDGER_PAUSE, pause * 2)
+        else:
+            return found
 
 
 class Holdings:

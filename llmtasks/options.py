@@ -83,7 +83,7 @@ class TaskOptions:
         timezone: The zone of ``schedule``, an IANA name.
         max_retries: Attempts after the first.
         retry_delay: Seconds between attempts.
-        retry_backoff: Attempts wait exponentially longer, with jitter, from ``retry_delay``'s base on.
+        retry_backoff: Attempts wait exponentially longer, with jitter, from 1 s up to Celery's ``retry_backoff_max``.
         timeout: Seconds that one attempt may take.
         priority: 1 (first) to 10 (last).
         max_instances: How many runs of this function may run at once, over all workers.

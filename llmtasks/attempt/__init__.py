@@ -1,0 +1,81 @@
+"""Around one attempt in a worker: claim, call, finish, tell. Each step is a function; ``run_attempt`` is the list of them.
+
+What leaves ``run_attempt`` is what Celery's unmodified tracer must see: a value, an error, ``Retry``, or ``Ignore`` where there
+is nothing to tell. The message is acknowledged after the end is in the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from celery.exceptions import Ignore, Reject, Retry
+
+from llmtasks.attempt.calling import call, call_body, current
+from llmtasks.attempt.claiming import claim_run, name_links
+from llmtasks.attempt.finishing import again, failed, finish, line_of, replaced, succeeded
+from llmtasks.attempt.telling import after_return, let_go, replay, tell_cancelled
+from llmtasks.bridge import NotYours
+from llmtasks.holding import Cancelled, Hold, hold_of, holdings
+from llmtasks.options import TaskOptions
+from llmtasks.states import ENDED, RunState
+from llmtasks.store.claims import End
+
+__all__ = ["after_return", "call_body", "current", "hold_of", "let_go", "replaced", "run_attempt"]
+
+
+def run_attempt(task: Any, options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one attempt of the current run, tell its end again, or leave it to whoever holds it.
+
+    Raises:
+        Ignore: There is nothing to tell: the run is not ours, waits for a slot, or its end was told here.
+        Retry: The attempt failed; the ledger keeps the time of the next one.
+        Exception: The run failed for good.
+    """
+    request = task.request
+    request._protected = 1  # trace.py:882: a nested call of the same task pushes a request of its own
+    name_links(request)
+    current.inside = True
+    try:
+        hold = claim_run(task, options)
+        request.llm_hold = hold
+        request.retries = hold.claim.attempts  # the ledger counts, not the message
+        if hold.claim.state in ENDED:
+            return replay(task, hold)
+        return conclude(task, options, hold, args, kwargs)
+    finally:
+        current.inside = False
+
+
+def conclude(task: Any, options: TaskOptions, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the function and record how the attempt ended."""
+    request = task.request
+    try:
+        value = call(task, hold, args, kwargs)
+        if getattr(request, "llm_retry", None) is not None:  # self.retry(throw=False)
+            raise request.llm_retry
+    except Retry as error:
+        again(task, hold, error)
+    except Reject as error:
+        state = RunState.QUEUED if error.requeue else RunState.FAILED
+        # Celery's main process stores FAILURE for a message that is rejected for good (request.py:683).
+        finish(hold, End(state=state, counts=not error.requeue, delivered=not error.requeue, error=line_of(error)))
+        raise
+    except Ignore:
+        if not getattr(request, "llm_replaced", False):
+            finish(hold, End(state=RunState.SKIPPED, delivered=True, reason="the function raised Ignore"))
+        raise
+    except NotYours as error:
+        holdings.release(hold)
+        raise Ignore("another worker holds the run") from error
+    except Cancelled as error:
+        finish(hold, End(state=RunState.CANCELLED, keeps_owner=True, reason=str(error)))
+        return tell_cancelled(task, hold, str(error))
+    except asyncio.CancelledError as error:
+        # Cancelled by something inside the function: for Celery's tracer that must be an ordinary failure.
+        failed(task, options, hold, RuntimeError("the function's coroutine was cancelled from within"), error)
+    except Exception as error:
+        failed(task, options, hold, error, error)
+    else:
+        return succeeded(task, hold, value)
+    raise AssertionError("unreachable: every branch above raises or returns")

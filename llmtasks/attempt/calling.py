@@ -1,0 +1,78 @@
+"""Call: the function itself; only in here may a soft limit or a cancellation interrupt."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+from billiard.exceptions import SoftTimeLimitExceeded
+
+from llmtasks import bridge
+from llmtasks.bridge import Body
+from llmtasks.holding import Hold, holdings, in_pool_child
+
+
+class _Current(threading.local):
+    """The attempt of this thread."""
+
+    hold: Hold | None = None
+    body: Body | None = None
+    inside: bool = False
+
+
+current: Final = _Current()
+
+
+def call(task: Any, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the function; only in here may a soft limit or a cancellation interrupt."""
+    install_soft_limit()
+    current.hold = hold
+    holdings.set_calling(hold, True)
+    hold.body.started = time.monotonic()
+    current.body = hold.body
+    try:
+        return task.run(*args, **kwargs)
+    finally:
+        current.body = None
+        holdings.set_calling(hold, False)
+        current.hold = None
+
+
+def call_body(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``task.run`` does: the function itself, in the attempt of this thread if there is one."""
+    return bridge.call(function, args, kwargs, current.body or Body())
+
+
+_soft_signal_installed = False
+
+
+def install_soft_limit() -> None:
+    """Let prefork's soft limit reach the function, and nothing else.
+
+    billiard's own handler raises wherever the main thread happens to be: in our SQL, in the tracer, in asyncio.
+    """
+    global _soft_signal_installed
+    if _soft_signal_installed or not in_pool_child() or threading.current_thread() is not threading.main_thread():
+        return
+    _soft_signal_installed = True
+    signal.signal(signal.SIGUSR1, _on_soft_limit)
+
+
+def _on_soft_limit(_signum: int, _frame: FrameType | None) -> None:
+    body = current.body
+    if body is None:
+        if current.inside:
+            return  # claiming or finishing: the function is not running
+        raise SoftTimeLimitExceeded  # a task that is not ours
+    if body.soft_limit is not None and time.monotonic() - body.started < body.soft_limit * 0.9:
+        return  # meant for the run before this one
+    if not body.is_async:
+        raise SoftTimeLimitExceeded(body.soft_limit)
+    if body.is_current() and not body.exceeded:
+        body.exceeded = True  # its own code blocks the loop: nothing but this can interrupt it
+        raise SoftTimeLimitExceeded(body.soft_limit)
+    body.exceed()

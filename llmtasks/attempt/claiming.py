@@ -1,0 +1,100 @@
+"""Claim: take the run and its slots in one transaction, or leave it to whoever has it."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+from celery.app.task import get_actual_ignore_result
+from celery.exceptions import Ignore
+
+from llmtasks import sender
+from llmtasks.bridge import Body
+from llmtasks.dispatch import station
+from llmtasks.holding import Hold, holdings, owner_of, persist
+from llmtasks.options import TaskOptions
+from llmtasks.states import ENDED, RunState
+from llmtasks.store import claims, schedules
+from llmtasks.store.claims import Claim, Offer
+
+logger = logging.getLogger(__name__)
+
+
+def claim_run(task: Any, options: TaskOptions) -> Hold:
+    """Take the run and its slots in one transaction.
+
+    Raises:
+        Ignore: It is not ours to run now; the message is done with.
+    """
+    request, at = task.request, station(task.app)
+    where = request.delivery_info or {}
+    offer = Offer(
+        id=request.id,
+        app=at.name,
+        func_name=task.name,
+        args=sender.dumps(request.args, "args"),
+        kwargs=sender.dumps(request.kwargs, "kwargs"),
+        envelope=sender.envelope_of_request(request, get_actual_ignore_result(task, request)),
+        queue=where.get("routing_key"),
+        priority=sender.user_priority(task.app, where.get("priority")),
+        attempts=request.retries or 0,
+        max_retries=task.max_retries,
+        retry_delay=task.default_retry_delay,
+        function_slots=options.max_instances,
+        owner=owner_of(),
+        worker=request.hostname or "",
+    )
+
+    def take() -> tuple[Claim | None, str | None]:
+        now = at.database.now()
+        with at.database.transaction() as tx:
+            found = claims.claim(tx, offer, now, now - at.settings.lease_time)
+            if found is None or found.state in ENDED:
+                return found, None
+            full = claims.take_slots(tx, at.name, task.name, found, now)
+            if full is not None:
+                state = RunState.SKIPPED if _may_skip(tx, found) else RunState.WAITING
+                claims.put_aside(tx, found, state, full, now)
+            return found, full
+
+    claim, full = persist(at, take)
+    if claim is None:
+        raise Ignore("the run has ended, is held elsewhere, or was superseded")
+    if full is not None:
+        logger.info("run %s does not start: %s", claim.id, full)
+        raise Ignore(full)
+    body = Body(soft_limit=soft_limit_of(task))
+    hold = Hold(station=at, claim=claim, body=body, args=offer.args, kwargs=offer.kwargs)
+    holdings.hold(hold)
+    return hold
+
+
+def name_links(request: Any) -> None:
+    """Give links and errbacks fixed ids, so that the claim drops the copies that a replay sends."""
+    for kind in ("callbacks", "errbacks"):
+        for index, link in enumerate(getattr(request, kind, None) or ()):
+            if not link.get("subtask_type"):
+                link["options"].setdefault("task_id", str(uuid.uuid5(_as_uuid(request.id), f"{kind}{index}")))
+
+
+def soft_limit_of(task: Any) -> float | None:
+    """Seconds after which the function is told that its time is up: the message's limit, else the task's."""
+    limit = task.request.timelimit
+    soft = limit[1] if limit and limit[1] else task.soft_time_limit
+    return float(soft) if soft else None
+
+
+def _may_skip(tx: Any, claim: Claim) -> bool:
+    """Only the first attempt of a periodic instant: the next one comes anyway. What stands for missed instants waits."""
+    if claim.schedule_id is None or claim.scheduled_for is None or claim.attempts or claim.reason:
+        return False
+    schedule = schedules.get(tx, claim.schedule_id)
+    return schedule is not None and schedule.kind != "once"
+
+
+def _as_uuid(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return uuid.uuid5(uuid.NAMESPACE_OID, text)

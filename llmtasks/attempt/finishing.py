@@ -1,0 +1,152 @@
+"""Finish: how the attempt ended, under its claim; the decision between another attempt and the end."""
+
+from __future__ import annotations
+
+import time
+import traceback as traceback_module
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NoReturn
+
+from celery.exceptions import Ignore, Retry
+from celery.utils.serialization import get_pickleable_exception
+
+from llmtasks import sender
+from llmtasks.dispatch import relay, send
+from llmtasks.errors import InvalidParamsError
+from llmtasks.holding import Hold, holdings, persist
+from llmtasks.options import TaskOptions
+from llmtasks.retry import backoff_delay
+from llmtasks.states import RunState
+from llmtasks.store import claims, outbox
+from llmtasks.store.claims import End
+
+#: Celery's default for ``retry_backoff_max``, seconds.
+BACKOFF_MAX: Final = 600.0
+
+
+def finish(hold: Hold, how: End) -> None:
+    """Write how the attempt ended, under its claim; slots go to whoever waits.
+
+    Raises:
+        Ignore: The run is no longer ours; whatever happened here counts for nothing.
+    """
+    at = hold.station
+    how = _measured(hold, how)
+
+    def write() -> tuple[bool, list[str]]:
+        with at.database.transaction() as tx:
+            return claims.end(tx, hold.claim, how, at.database.now())
+
+    ours, handed = (False, []) if hold.lost else persist(at, write)
+    if not ours or not how.keeps_owner:
+        holdings.release(hold)
+    if not ours:
+        raise Ignore("the run is no longer ours")
+    if handed:
+        relay(at, handed)
+
+
+def succeeded(task: Any, hold: Hold, value: Any) -> Any:
+    """Record the result. One that JSON cannot carry fails for good: running again would not help."""
+    try:
+        result = sender.dumps(value, "result")
+    except InvalidParamsError as error:
+        _fail_for_good(task, hold, error, error)
+    finish(hold, End(state=RunState.SUCCEEDED, keeps_owner=True, result=result))
+    return value
+
+
+def failed(task: Any, options: TaskOptions, hold: Hold, error: Exception, cause: BaseException) -> NoReturn:
+    """Record a failed attempt: the time of the next one if there is one, else the run's end."""
+    claim = hold.claim
+    final = (
+        getattr(task.request, "llm_final", False)
+        or isinstance(error, (*task.throws, *_tuple(options.celery.get("dont_autoretry_for"))))
+        or (claim.max_retries is not None and claim.attempts >= claim.max_retries)
+    )
+    if final:
+        _fail_for_good(task, hold, error, cause)
+    delay = claim.retry_delay
+    if options.retry_backoff:
+        # As Celery's own: from 1 s on, at most retry_backoff_max.
+        delay = backoff_delay(claim.attempts + 1, cap=float(options.celery.get("retry_backoff_max", BACKOFF_MAX)))
+    retry = Retry(exc=error, when=delay)
+    _finish_retrying(hold, retry, delay, trace=_trace(cause))
+    raise retry from cause
+
+
+def again(task: Any, hold: Hold, retry: Retry) -> NoReturn:
+    """Record what ``self.retry()`` asked for, with its changed arguments and options, and let Celery see the Retry."""
+    when = retry.when
+    if isinstance(when, datetime):
+        when = (when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)
+    delay = when.total_seconds() if isinstance(when, timedelta) else float(when or 0)
+    changes: dict[str, Any] = {}
+    if retry.sig is not None:
+        changes = {"args": sender.dumps(retry.sig.args, "args"), "kwargs": sender.dumps(retry.sig.kwargs, "kwargs")}
+    _finish_retrying(hold, retry, delay, trace=None, **changes)
+    raise retry
+
+
+def replaced(task: Any, hold: Hold, replacement: Any) -> NoReturn:
+    """Give the run to another function: written first, published after, so that no crash loses it."""
+    at = hold.station
+    finish(hold, End(state=RunState.QUEUED, counts=False, replacement=sender.dumps(replacement, "the replacement")))
+    task.request.llm_replaced = True
+
+    def owe() -> list[outbox.Message]:
+        now = at.database.now()
+        with at.database.transaction() as tx:
+            return outbox.requeue(tx, at.name, hold.claim.id, now, now + timedelta(seconds=at.settings.outbox_patience))
+
+    send(at, persist(at, owe))
+    raise Ignore("replaced by another task")
+
+
+def _finish_retrying(hold: Hold, retry: Retry, delay: float, *, trace: str | None, **changes: Any) -> None:
+    error = retry.exc
+    finish(
+        hold,
+        End(
+            state=RunState.RETRYING,
+            reason=f"attempt {hold.claim.attempts + 1} ended: {line_of(error) if error else 'retry was asked for'}",
+            error=line_of(error) if isinstance(error, BaseException) else None,
+            traceback=trace,
+            next_attempt_at=hold.station.database.now() + timedelta(seconds=max(0.0, delay)),
+            **changes,
+        ),
+    )
+
+
+def _fail_for_good(task: Any, hold: Hold, error: Exception, cause: BaseException) -> NoReturn:
+    packed = sender.backend_exception(task.app, get_pickleable_exception(error))  # as the tracer does (trace.py:222)
+    finish(
+        hold,
+        End(
+            state=RunState.FAILED, keeps_owner=True, reason=line_of(error), error=line_of(error), failure=packed, traceback=_trace(cause)
+        ),
+    )  # fmt: skip
+    raise error
+
+
+def _measured(hold: Hold, how: End) -> End:
+    return replace(
+        how,
+        run_seconds=time.monotonic() - hold.body.started,
+        cpu_seconds=hold.cpu_seconds,
+        peak_memory=hold.peak_memory,
+    )
+
+
+def line_of(error: BaseException | None) -> str:
+    """An error in one line: its type and message."""
+    return "" if error is None else traceback_module.format_exception_only(error)[-1].strip()[:500]
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback_module.format_exception(error))
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else tuple(value) if isinstance(value, list) else (value,) if value else ()

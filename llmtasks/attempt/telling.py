@@ -1,0 +1,127 @@
+"""Tell: results, links, chord and callbacks learn the end; what could not be told is left to a keeper."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+from billiard.exceptions import WorkerLostError
+from celery import states as celery_states
+from celery.app.task import get_actual_ignore_result
+from celery.exceptions import Ignore, TaskRevokedError
+
+from llmtasks import bridge, sender
+from llmtasks.attempt.finishing import line_of
+from llmtasks.bridge import Body
+from llmtasks.holding import Hold, hold_of, holdings, persist
+from llmtasks.options import TaskOptions
+from llmtasks.states import RunState
+from llmtasks.store import claims, runs
+from llmtasks.store.claims import Delivered
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that an async on_failure or on_success may take.
+CALLBACK_LIMIT: Final = 60.0
+#: A callback is called once, and once more after a crash in the middle of it.
+CALLBACK_CALLS: Final = 2
+REDACTED: Final = "***"
+
+
+def replay(task: Any, hold: Hold) -> Any:
+    """Tell Celery how a run ended that ended before; the function is not called."""
+    claim = hold.claim
+    if claim.state is RunState.SUCCEEDED:
+        return sender.loads(claim.result or "null")
+    if claim.state is RunState.FAILED:
+        error = task.backend.exception_to_python(sender.loads(claim.failure or "null"))
+        if not isinstance(error, Exception):  # a SystemExit raised here would end the next child too
+            error = WorkerLostError(repr(error))
+        raise error
+    return tell_cancelled(task, hold, claim.reason or str(claim.state))
+
+
+def tell_cancelled(task: Any, hold: Hold, reason: str) -> NoReturn:
+    """Store REVOKED and tell chord, chain and errbacks (``mark_as_revoked`` would tell the chord only, base.py:439)."""
+    request = task.request
+    task.backend.mark_as_failure(
+        request.id,
+        TaskRevokedError(reason),
+        request=request,
+        state=celery_states.REVOKED,
+        store_result=not get_actual_ignore_result(task, request),
+    )
+    holdings.deliver(hold, delivered(task, hold, task.options.redact))
+    raise Ignore(reason)
+
+
+def after_return(task: Any, options: TaskOptions, status: str, value: Any) -> None:
+    """Result, links and chord are stored: call the callbacks and set ``delivered``."""
+    hold = hold_of(task.request)
+    if hold is None:
+        return
+    callback = {celery_states.SUCCESS: options.on_success, celery_states.FAILURE: options.on_failure}.get(status)
+    if callback is not None and hold.claim.callback_calls < CALLBACK_CALLS:
+        call_back(callback, hold, value)
+    holdings.deliver(hold, delivered(task, hold, options.redact))
+
+
+def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:
+    """Call on_failure or on_success with the run; an error in it is logged and recorded, and changes nothing else."""
+    at, claim = hold.station, hold.claim
+
+    def read() -> runs.Run | None:
+        with at.database.transaction() as tx:
+            claims.count_callback(tx, claim.id, claim.claim_no)
+            return runs.get(tx, claim.id)
+
+    run = persist(at, read)
+    try:
+        bridge.call(callback, (run, value), {}, Body(soft_limit=CALLBACK_LIMIT))
+    except (Exception, asyncio.CancelledError) as error:
+        name = bridge.name_of(callback)
+        logger.exception("callback %s of run %s failed", name, claim.id)
+        note = f"{run.reason + '; ' if run and run.reason else ''}callback {name} raised {line_of(error)}"
+
+        def write() -> None:
+            with at.database.transaction() as tx:
+                claims.remark(tx, claim.id, claim.claim_no, note)
+
+        persist(at, write)
+
+
+def let_go(task: Any) -> None:
+    """The tracer lets go of the request. What is still held could not be told: the keeper has it told again.
+
+    Celery would now store FAILURE and call errbacks for a function that succeeded (trace.py:689), so the request is disarmed.
+    """
+    hold = hold_of(task.request)
+    if hold is None or not holdings.release(hold):
+        return
+    task.request.update(chord=None, chain=None, errbacks=None, ignore_result=True)
+
+    def write() -> None:
+        with hold.station.database.transaction() as tx:
+            claims.let_go(tx, hold.claim.id, hold.claim.claim_no)
+
+    persist(hold.station, write)
+
+
+def delivered(task: Any, hold: Hold, redact: tuple[str, ...]) -> Delivered:
+    """What the ledger keeps of a run that is over: long texts are cut, secret parameters hidden."""
+    hidden_args = hidden_kwargs = None
+    if redact:
+        names = [*task.parameters, *("" for _ in task.request.args or ())]
+        pairs = zip(names, sender.loads(hold.args), strict=False)
+        hidden_args = sender.dumps([REDACTED if name in redact else value for name, value in pairs], "args")
+        items = sender.loads(hold.kwargs).items()
+        hidden_kwargs = sender.dumps({name: REDACTED if name in redact else value for name, value in items}, "kwargs")
+    return Delivered(
+        run_id=hold.claim.id,
+        claim=hold.claim.claim_no,
+        hidden_args=hidden_args,
+        hidden_kwargs=hidden_kwargs,
+        keep=hold.station.settings.keep_bytes,
+    )
