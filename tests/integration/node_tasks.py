@@ -1,15 +1,17 @@
 """Task functions of the worker nodes: pytest-celery copies this module to the worker."""
 
+import asyncio
 import os
 
-from celery import shared_task
+from llmtasks import task_registry
 
 
-@shared_task(name="nodes.doubled")
-def doubled(number: int) -> int:
+@task_registry.register(name="nodes.doubled")
+async def doubled(number: int) -> int:
+    await asyncio.sleep(0.01)
     return number * 2
 
 
-@shared_task(name="nodes.process_id")
-def process_id() -> int:
+@task_registry.register(name="nodes.worker_pid")
+async def worker_pid() -> int:
     return os.getppid()
