@@ -1,4 +1,4 @@
-"""Dispatch: one transaction for the run and its outbox row, then the message. Beat, execute_now and the command line alike.
+"""Dispatch: one transaction for the run and its outbox row, then the message; beat, execute_now, command line alike.
 
 What this process cannot publish stays in the outbox, and any keeper publishes it after ``outbox_patience`` seconds.
 """
@@ -211,7 +211,8 @@ def find_run(at: Station, run_id: str) -> Run:
         found = runs.get(connection, run_id)
     if found is None:
         raise RunNotFoundError(
-            f"no run has the id {run_id!r}: a run of .delay() is known from its first start on; `llmtasks runs` lists the latest"
+            f"no run has the id {run_id!r}: a run of .delay() is known from its first start on; "
+            "`llmtasks runs` lists the latest"
         )
     return found
 

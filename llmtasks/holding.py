@@ -1,7 +1,7 @@
 """What this process holds, and the heart that stamps it: one thread, started with the first run that is held.
 
-It stamps the held runs and learns which are no longer its own, looks for cancel requests, and writes down which ends were
-delivered (late, in groups: losing that mark costs one harmless replay).
+It stamps the held runs and learns which are no longer its own, looks for cancel requests, and writes down which
+ends were delivered (late, in groups: losing that mark costs one harmless replay).
 """
 
 from __future__ import annotations

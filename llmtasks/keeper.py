@@ -88,7 +88,7 @@ class Keeper:
             self._stop.wait(pause)
 
     def _notice_gap(self) -> None:
-        """After a long round (the database was away, the machine slept) owners get one lease to stamp before any is lost."""
+        """After a long round (database away, machine asleep) owners get one lease to stamp before any is lost."""
         now = time.monotonic()
         if now - self._last_round > self._at.settings.lease / 2:
             self._trust_stamps_at = now + self._at.settings.lease
@@ -120,7 +120,7 @@ class Keeper:
             return len(rescue.send_ends(tx, self._at.name, now - self._at.settings.lease_time, now))
 
     def _republish(self) -> int:
-        """Send queued runs again that the broker may have lost: soon where their queue is empty, else after 10, 20, 40 min."""
+        """Send queued runs again that the broker may have lost: soon if their queue is empty, else after 10, 20, 40 min."""
         at, now = self._at, self._at.database.now()
         with at.database.reading() as connection:
             queued = rescue.queued_long(connection, at.name, now)

@@ -1,4 +1,4 @@
-"""RunTask: the Celery task class of registered functions. Celery calls it; it hands over to the attempt and to dispatch."""
+"""RunTask: the Celery task class of registered functions; it hands over to the attempt and to dispatch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Final
 
 import celery
-import kombu
-from celery.canvas import Signature
+from celery import canvas
 from celery.exceptions import Retry
+from kombu.exceptions import EncodeError
 
 from llmtasks import attempt, bridge, sender
 from llmtasks.dispatch import dispatch, station
@@ -26,14 +26,19 @@ BROKER_DELAY: Final = 5.0
 MAP_BATCH: Final = 500
 
 
-class _KeptSignature(Signature):
+#: Their stubs describe an older Celery.
+_Signature: Any = canvas.Signature
+_Task: Any = celery.Task
+
+
+class _KeptSignature(_Signature):  # type: ignore[misc]  # Any as a base, see above
     """What ``self.retry()`` would publish at once; the ledger keeps it instead."""
 
     def apply_async(self, *_args: Any, **_options: Any) -> None:
         """Publish nothing."""
 
 
-class RunTask(celery.Task):  # type: ignore[misc]  # Celery has no types of its own
+class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
     """A Celery task whose runs are in the ledger. Made by ``task_registry.register`` only."""
 
     abstract = True
@@ -145,7 +150,7 @@ class RunTask(celery.Task):  # type: ignore[misc]  # Celery has no types of its 
         options["priority"] = sender.native_priority(self.app, priority)
         try:
             return super().apply_async(args, kwargs, task_id, producer, link, link_error, shadow, **options)
-        except kombu.exceptions.EncodeError:
+        except EncodeError:
             self._check_json(args, kwargs)
             raise
         except TypeError as error:

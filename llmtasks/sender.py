@@ -12,9 +12,10 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import celery
-import kombu
 from billiard.exceptions import WorkerLostError
+from celery.app import task as celery_task
 from celery.canvas import signature
+from kombu.exceptions import EncodeError, KombuError
 from kombu.utils import json as kombu_json
 
 from llmtasks import settings as settings_module
@@ -30,12 +31,15 @@ DELIVER_HEADER: Final = "llm_deliver"
 #: Messages that one round trip to the broker carries at most.
 BATCH_SIZE: Final = 200
 #: Seconds that one attempt to reach the broker may take.
-CONNECT_TIMEOUT: Final = 3.0
+CONNECT_TIMEOUT: Final = 3
 #: Transports whose lowest number comes first, and those whose highest does; the others have no priorities.
 _LOW_FIRST: Final = frozenset({"redis"})
 _HIGH_FIRST: Final = frozenset({"amqp", "mongodb", "zookeeper"})
 #: ``Context.as_execution_options`` names these; what is None is not kept.
 _DROPPED_OPTIONS: Final = frozenset({"task_id", "retries", "headers"})
+
+#: Its stub is older than get_actual_ignore_result.
+_task_module: Any = celery_task
 
 _settings: WeakKeyDictionary[celery.Celery, Settings] = WeakKeyDictionary()
 _transports: WeakKeyDictionary[celery.Celery, str] = WeakKeyDictionary()
@@ -49,7 +53,8 @@ def is_handed(message: Message) -> bool:
 
 def current_app() -> celery.Celery:
     """The Celery app that is current in this thread."""
-    app: celery.Celery = celery.current_app._get_current_object()  # type: ignore[attr-defined]  # Proxy
+    proxy: Any = celery.current_app
+    app: celery.Celery = proxy._get_current_object()
     return app
 
 
@@ -83,8 +88,8 @@ def dumps(value: Any, what: str) -> str:
         InvalidParamsError: JSON cannot carry it; the error names the path to the value.
     """
     try:
-        return kombu_json.dumps(value)  # type: ignore[no-any-return]  # kombu has no types
-    except (TypeError, ValueError, kombu.exceptions.EncodeError, RecursionError) as error:
+        return kombu_json.dumps(value)
+    except (TypeError, ValueError, EncodeError, RecursionError) as error:
         path, culprit = _culprit(value, what)
         raise InvalidParamsError(
             f"{path} is {culprit!r:.200} of type {type(culprit).__name__}: expected what JSON can carry "
@@ -95,6 +100,12 @@ def dumps(value: Any, what: str) -> str:
 def loads(text: str) -> Any:
     """What ``dumps`` made a text of."""
     return kombu_json.loads(text)
+
+
+def ignores_result(task: Any, request: Any) -> bool | None:
+    """Whether this run's result is not to be stored: what its message says, else what its task does."""
+    found: bool | None = _task_module.get_actual_ignore_result(task, request)
+    return found
 
 
 def native_priority(app: celery.Celery, priority: int | None) -> int | None:
@@ -189,17 +200,18 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> None:
         connection = app.connection_for_write()
         mine = held[app] = _Connection(os.getpid(), app.amqp.Producer(connection, auto_declare=False))
     producer = mine.producer
+    gone: tuple[type[Exception], ...] = (
+        *producer.connection.connection_errors,
+        *producer.connection.channel_errors,
+        KombuError,
+    )
     try:
         for start in range(0, len(messages), BATCH_SIZE):
             producer.connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
             with producer.batch(max_size=BATCH_SIZE):
                 for message in messages[start : start + BATCH_SIZE]:
                     _publish_one(app, producer, message)
-    except (
-        *producer.connection.connection_errors,
-        *producer.connection.channel_errors,
-        kombu.exceptions.KombuError,
-    ) as error:
+    except gone as error:
         held.pop(app, None)
         producer.connection.collapse()
         raise BrokerUnavailableError(f"broker {producer.connection.as_uri()} does not answer: {error}") from error
@@ -218,7 +230,7 @@ def revoke(app: celery.Celery, run_ids: Iterable[str]) -> None:
         try:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
             app.control.revoke(ids, connection=connection)
-        except (*connection.connection_errors, kombu.exceptions.KombuError) as error:
+        except (*connection.connection_errors, KombuError) as error:
             raise BrokerUnavailableError(f"broker {connection.as_uri()} does not answer: {error}") from error
 
 
@@ -233,7 +245,7 @@ def queue_length(app: celery.Celery, queue: str) -> int | None:
     with app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
         try:
-            declared = app.amqp.queues[queue].bind(connection.default_channel).queue_declare(passive=True)
+            declared: Any = app.amqp.queues[queue].bind(connection.default_channel).queue_declare(passive=True)
         except connection.channel_errors:
             return 0
         except NotImplementedError:
@@ -247,7 +259,7 @@ def default_queue(app: celery.Celery) -> str:
     return name
 
 
-def backend_exception(app: celery.Celery, error: BaseException) -> str:
+def backend_exception(app: celery.Celery, error: Exception) -> str:
     """An error as JSON in the form of Celery's result backends, so that it can be raised again elsewhere."""
     return dumps(app.backend.prepare_exception(error, "json"), "the error")
 
@@ -258,7 +270,7 @@ def lost_failure(app: celery.Celery) -> str:
 
 
 def _publish_one(app: celery.Celery, producer: Any, message: Message) -> None:
-    """Send one message as ``app.send_task`` would, without subscribing to its result or taking a parent from the caller."""
+    """Send one message as ``app.send_task`` would, but subscribe to no result and take no parent from the caller."""
     if message.replacement is not None and not message.delivers:
         signature(loads(message.replacement), app=app).apply_async(producer=producer, add_to_parent=False)
         return
@@ -364,6 +376,6 @@ def _culprit(value: Any, path: str) -> tuple[str, Any]:
 def _fits(value: Any) -> bool:
     try:
         kombu_json.dumps(value)
-    except (TypeError, ValueError, kombu.exceptions.EncodeError, RecursionError):
+    except (TypeError, ValueError, EncodeError, RecursionError):
         return False
     return True

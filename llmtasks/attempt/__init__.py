@@ -1,7 +1,7 @@
-"""Around one attempt in a worker: claim, call, finish, tell. Each step is a function; ``run_attempt`` is the list of them.
+"""Around one attempt in a worker: claim, call, finish, tell; ``run_attempt`` is the list of these steps.
 
-What leaves ``run_attempt`` is what Celery's unmodified tracer must see: a value, an error, ``Retry``, or ``Ignore`` where there
-is nothing to tell. The message is acknowledged after the end is in the ledger.
+What leaves it is what Celery's unmodified tracer must see: a value, an error, ``Retry``, or ``Ignore`` where there is
+nothing to tell. The message is acknowledged after the end is in the ledger.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ def conclude(task: Any, options: TaskOptions, hold: Hold, args: tuple[Any, ...],
             raise request.llm_retry
     except Retry as error:
         again(task, hold, error)
-    except Reject as error:
-        state = RunState.QUEUED if error.requeue else RunState.FAILED
+    except Reject as rejected:
+        reject: Any = rejected  # its stub lacks requeue
+        state = RunState.QUEUED if reject.requeue else RunState.FAILED
         # Celery's main process stores FAILURE for a message that is rejected for good (request.py:683).
-        finish(hold, End(state=state, counts=not error.requeue, delivered=not error.requeue, error=line_of(error)))
+        finish(hold, End(state=state, counts=not reject.requeue, delivered=not reject.requeue, error=line_of(rejected)))
         raise
     except Ignore:
         if not getattr(request, "llm_replaced", False):

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
 
+import celery
 from billiard.exceptions import SoftTimeLimitExceeded
+from celery._state import get_current_task
+from celery.local import Proxy
 
 from llmtasks import bridge
 from llmtasks.bridge import Body
-from llmtasks.holding import Hold, holdings, in_pool_child
+from llmtasks.holding import Hold, hold_of, holdings, in_pool_child
 
 
 class _Current(threading.local):
@@ -44,7 +47,40 @@ def call(task: Any, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def call_body(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What ``task.run`` does: the function itself, in the attempt of this thread if there is one."""
+    if _decorated_later:
+        function = _decorated(function)
     return bridge.call(function, args, kwargs, current.body or Body())
+
+
+def hold_here() -> Hold | None:
+    """What is held for the run on whose behalf this code runs, in whatever thread or coroutine of it."""
+    task: Any = get_current_task()
+    return None if task is None else hold_of(task.request)
+
+
+def is_task(function: object) -> bool:
+    """Whether this is a Celery task, or what stands for one; asking a stand-in itself would finalize the app."""
+    return issubclass(type(function), Proxy | celery.Task)
+
+
+def decorate_later(task: Any, decorator: Callable[..., Any]) -> None:
+    """Apply a decorator to the function of a task that is registered already, when its first run is called."""
+    _decorated_later.append((task, decorator))
+
+
+_decorated_later: Final[list[tuple[Any, Callable[..., Any]]]] = []
+_decorated_functions: Final[dict[Callable[..., Any], Callable[..., Any]]] = {}
+
+
+def _decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    found = _decorated_functions.get(function)
+    if found is None:
+        found = function
+        for task, decorator in _decorated_later:
+            if getattr(task, "function", None) is function:
+                found = decorator(found)
+        _decorated_functions[function] = found
+    return found
 
 
 _soft_signal_installed = False

@@ -6,7 +6,6 @@ import logging
 import uuid
 from typing import Any
 
-from celery.app.task import get_actual_ignore_result
 from celery.exceptions import Ignore
 
 from llmtasks import sender
@@ -35,7 +34,7 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
         func_name=task.name,
         args=sender.dumps(request.args, "args"),
         kwargs=sender.dumps(request.kwargs, "kwargs"),
-        envelope=sender.envelope_of_request(request, get_actual_ignore_result(task, request)),
+        envelope=sender.envelope_of_request(request, sender.ignores_result(task, request)),
         queue=where.get("routing_key"),
         priority=sender.user_priority(task.app, where.get("priority")),
         attempts=request.retries or 0,
@@ -86,7 +85,7 @@ def soft_limit_of(task: Any) -> float | None:
 
 
 def _may_skip(tx: Any, claim: Claim) -> bool:
-    """Only the first attempt of a periodic instant: the next one comes anyway. What stands for missed instants waits."""
+    """Only the first attempt of a periodic instant: the next comes anyway. One that stands for missed ones waits."""
     if claim.schedule_id is None or claim.scheduled_for is None or claim.attempts or claim.reason:
         return False
     schedule = schedules.get(tx, claim.schedule_id)

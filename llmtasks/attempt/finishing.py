@@ -6,7 +6,7 @@ import time
 import traceback as traceback_module
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 from celery.exceptions import Ignore, Retry
 from celery.utils.serialization import get_pickleable_exception
@@ -71,12 +71,13 @@ def failed(task: Any, options: TaskOptions, hold: Hold, error: Exception, cause:
     if options.retry_backoff:
         # As Celery's own: from 1 s on, at most retry_backoff_max.
         delay = backoff_delay(claim.attempts + 1, cap=float(options.celery.get("retry_backoff_max", BACKOFF_MAX)))
-    retry = Retry(exc=error, when=delay)
+    # The stub wants numbers.Real, which no float is to a type checker.
+    retry: Any = Retry(exc=error, when=cast("Any", delay))
     _finish_retrying(hold, retry, delay, trace=_trace(cause))
     raise retry from cause
 
 
-def again(task: Any, hold: Hold, retry: Retry) -> NoReturn:
+def again(task: Any, hold: Hold, retry: Any) -> NoReturn:
     """Record what ``self.retry()`` asked for, with its changed arguments and options, and let Celery see the Retry."""
     when = retry.when
     if isinstance(when, datetime):
@@ -104,7 +105,7 @@ def replaced(task: Any, hold: Hold, replacement: Any) -> NoReturn:
     raise Ignore("replaced by another task")
 
 
-def _finish_retrying(hold: Hold, retry: Retry, delay: float, *, trace: str | None, **changes: Any) -> None:
+def _finish_retrying(hold: Hold, retry: Any, delay: float, *, trace: str | None, **changes: Any) -> None:
     error = retry.exc
     finish(
         hold,
@@ -124,9 +125,14 @@ def _fail_for_good(task: Any, hold: Hold, error: Exception, cause: BaseException
     finish(
         hold,
         End(
-            state=RunState.FAILED, keeps_owner=True, reason=line_of(error), error=line_of(error), failure=packed, traceback=_trace(cause)
+            state=RunState.FAILED,
+            keeps_owner=True,
+            reason=line_of(error),
+            error=line_of(error),
+            failure=packed,
+            traceback=_trace(cause),
         ),
-    )  # fmt: skip
+    )
     raise error
 
 

@@ -9,7 +9,6 @@ from typing import Any, Final, NoReturn
 
 from billiard.exceptions import WorkerLostError
 from celery import states as celery_states
-from celery.app.task import get_actual_ignore_result
 from celery.exceptions import Ignore, TaskRevokedError
 
 from llmtasks import bridge, sender
@@ -51,7 +50,7 @@ def tell_cancelled(task: Any, hold: Hold, reason: str) -> NoReturn:
         TaskRevokedError(reason),
         request=request,
         state=celery_states.REVOKED,
-        store_result=not get_actual_ignore_result(task, request),
+        store_result=not sender.ignores_result(task, request),
     )
     holdings.deliver(hold, delivered(task, hold, task.options.redact))
     raise Ignore(reason)
@@ -95,7 +94,8 @@ def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:
 def let_go(task: Any) -> None:
     """The tracer lets go of the request. What is still held could not be told: the keeper has it told again.
 
-    Celery would now store FAILURE and call errbacks for a function that succeeded (trace.py:689), so the request is disarmed.
+    Celery would now store FAILURE and call errbacks for a function that succeeded (trace.py:689): the request is
+    disarmed.
     """
     hold = hold_of(task.request)
     if hold is None or not holdings.release(hold):

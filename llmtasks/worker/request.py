@@ -6,10 +6,9 @@ import logging
 from datetime import timedelta
 from typing import Any
 
-from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.worker import request as celery_request
 from celery.worker import state as worker_state
-from celery.worker.request import Request
 
 from llmtasks import sender
 from llmtasks.dispatch import Station, relay, station
@@ -25,7 +24,11 @@ logger = logging.getLogger(__name__)
 AFTER_HARD_LIMIT = timedelta(seconds=1)
 
 
-class RunRequest(Request):  # type: ignore[misc]  # Celery has no types of its own
+#: Its stubs describe an older Celery.
+_Request: Any = celery_request.Request
+
+
+class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
     """Writes ends to the ledger and acknowledges; tells Celery nothing itself: that is for a child, by replay."""
 
     @property
@@ -53,7 +56,7 @@ class RunRequest(Request):  # type: ignore[misc]  # Celery has no types of its o
             self.reject(requeue=True)
         return None
 
-    def _end_attempt(self, error: BaseException) -> None:
+    def _end_attempt(self, error: Exception) -> None:
         at, owner = self._station, owner_of(self.worker_pid)
         line = f"{type(error).__name__}: {error}"
         failure = sender.backend_exception(self._app, error)
@@ -129,6 +132,7 @@ class RunRequest(Request):  # type: ignore[misc]  # Celery has no types of its o
         )
 
 
-def _inner(exc_info: Any) -> BaseException:
-    error: BaseException = exc_info.exception
-    return error.exc if isinstance(error, ExceptionWithTraceback) else error
+def _inner(exc_info: Any) -> Exception:
+    """The error itself, out of billiard's ExceptionWithTraceback."""
+    found: Exception = getattr(exc_info.exception, "exc", exc_info.exception)
+    return found
