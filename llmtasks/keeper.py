@@ -120,7 +120,7 @@ class Keeper:
             return len(rescue.send_ends(tx, self._at.name, now - self._at.settings.lease_time, now))
 
     def _republish(self) -> int:
-        """Send queued runs again that the broker may have lost: soon if their queue is empty, else after 10, 20, 40 min."""
+        """Send queued runs again that the broker may have lost: soon if their queue is empty, else ever more seldom."""
         at, now = self._at, self._at.database.now()
         with at.database.reading() as connection:
             queued = rescue.queued_long(connection, at.name, now)

@@ -200,11 +200,7 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> None:
         connection = app.connection_for_write()
         mine = held[app] = _Connection(os.getpid(), app.amqp.Producer(connection, auto_declare=False))
     producer = mine.producer
-    gone: tuple[type[Exception], ...] = (
-        *producer.connection.connection_errors,
-        *producer.connection.channel_errors,
-        KombuError,
-    )
+    gone = _errors_of(producer.connection)
     try:
         for start in range(0, len(messages), BATCH_SIZE):
             producer.connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
@@ -227,10 +223,11 @@ def revoke(app: celery.Celery, run_ids: Iterable[str]) -> None:
     if not ids:
         return
     with app.connection_for_write() as connection:
+        gone = _errors_of(connection)
         try:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
             app.control.revoke(ids, connection=connection)
-        except (*connection.connection_errors, KombuError) as error:
+        except gone as error:
             raise BrokerUnavailableError(f"broker {connection.as_uri()} does not answer: {error}") from error
 
 
@@ -344,6 +341,11 @@ def absolute(when: Any) -> str | None:
     if isinstance(when, datetime):
         return when.isoformat()
     return (datetime.now(UTC) + timedelta(seconds=float(when))).isoformat()
+
+
+def _errors_of(connection: Any) -> tuple[type[Exception], ...]:
+    """What a connection raises when its server is away."""
+    return (*connection.connection_errors, *connection.channel_errors, KombuError)
 
 
 def _transport(app: celery.Celery) -> str:
