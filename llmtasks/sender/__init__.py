@@ -1,0 +1,44 @@
+"""The border to Celery for everything that is sent: messages, priorities, revokes, states."""
+
+from llmtasks.sender.apps import current_app, settings_of
+from llmtasks.sender.envelope import (
+    DELIVER_HEADER,
+    absolute,
+    envelope_of_options,
+    envelope_of_request,
+    ignores_result,
+    is_handed,
+)
+from llmtasks.sender.jsontext import dumps, loads
+from llmtasks.sender.priority import native_priority, user_priority
+from llmtasks.sender.publishing import (
+    backend_exception,
+    celery_state,
+    default_queue,
+    lost_failure,
+    publish,
+    queue_length,
+    revoke,
+)
+
+__all__ = [
+    "DELIVER_HEADER",
+    "absolute",
+    "backend_exception",
+    "celery_state",
+    "current_app",
+    "default_queue",
+    "dumps",
+    "envelope_of_options",
+    "envelope_of_request",
+    "ignores_result",
+    "is_handed",
+    "loads",
+    "lost_failure",
+    "native_priority",
+    "publish",
+    "queue_length",
+    "revoke",
+    "settings_of",
+    "user_priority",
+]

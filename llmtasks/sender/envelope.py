@@ -1,0 +1,89 @@
+"""The envelope: what sending a run's message again needs beside its arguments, as JSON."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from celery.app import task as celery_task
+
+from llmtasks.sender.jsontext import dumps, loads
+from llmtasks.store.outbox import Message
+
+#: Marks a message that only tells Celery an end which the ledger has already.
+DELIVER_HEADER: Final = "llm_deliver"
+#: Of what ``Context.as_execution_options`` names, the ledger has these in columns of their own.
+_DROPPED_OPTIONS: Final = frozenset({"task_id", "retries", "headers"})
+#: Its stub is older than get_actual_ignore_result.
+_task_module: Any = celery_task
+
+
+def envelope_of_request(request: Any, ignore_result: bool | None) -> str:
+    """What sending the current request's message again needs, arguments aside, as JSON."""
+    options = {
+        key: value for key, value in request.as_execution_options().items() if value and key not in _DROPPED_OPTIONS
+    }
+    headers = {key: value for key, value in (request.headers or {}).items() if key != DELIVER_HEADER}
+    where = request.delivery_info or {}
+    return dumps(
+        {
+            "options": options,
+            "headers": headers,
+            "ignore_result": ignore_result,
+            "exchange": where.get("exchange") or "",
+            "routing_key": where.get("routing_key"),
+        },
+        "the message",
+    )
+
+
+def envelope_of_options(options: dict[str, Any]) -> str:
+    """The same for options of ``apply_async`` that were not published; ``expires`` is absolute already."""
+    kept = {
+        "link": _list(options.get("link")),
+        "link_error": _list(options.get("link_error")),
+        **{
+            key: options.get(key)
+            for key in (
+                "chord", "chain", "group_id", "group_index", "root_id", "parent_id", "shadow", "expires", "time_limit",
+                "soft_time_limit", "reply_to", "replaced_task_nesting", "stamped_headers",
+            )
+        },
+    }  # fmt: skip
+    for stamp in options.get("stamped_headers") or ():
+        kept[stamp] = options.get(stamp)
+    return dumps(
+        {
+            "options": {key: value for key, value in kept.items() if value},
+            "headers": options.get("headers") or {},
+            "ignore_result": options.get("ignore_result"),
+            "exchange": options.get("exchange") or "",
+            "routing_key": options.get("routing_key"),
+            "handed": bool(options.get("handed")),
+        },
+        "the options",
+    )
+
+
+def ignores_result(task: Any, request: Any) -> bool | None:
+    """Whether this run's result is not to be stored: what its message says, else what its task does."""
+    found: bool | None = _task_module.get_actual_ignore_result(task, request)
+    return found
+
+
+def is_handed(message: Message) -> bool:
+    """Whether the message is for a plain Celery task of the app's own, of which the ledger hears no more."""
+    return bool(message.envelope and message.schedule_id and loads(message.envelope).get("handed"))
+
+
+def absolute(when: Any) -> str | None:
+    """``expires`` as apply_async takes it, seconds or an instant, as the ISO text of an instant."""
+    if when is None or isinstance(when, str):
+        return when
+    if isinstance(when, datetime):
+        return when.isoformat()
+    return (datetime.now(UTC) + timedelta(seconds=float(when))).isoformat()
+
+
+def _list(value: Any) -> list[Any] | None:
+    return None if value is None else list(value) if isinstance(value, list | tuple) else [value]
