@@ -18,8 +18,9 @@ from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, Ru
 from llmtasks.options import DEFAULT_PRIORITY, limits
 from llmtasks.settings import Settings
 from llmtasks.states import RunState
-from llmtasks.store import outbox, runs
-from llmtasks.store.database import Database, database_at, fork_gate
+from llmtasks.store import cancelling, outbox, runs
+from llmtasks.store.database import Database, database_at
+from llmtasks.store.forking import fork_gate
 from llmtasks.store.runs import NewRun, Run
 from llmtasks.store.schedules import Schedule
 
@@ -188,7 +189,7 @@ def cancel_run(at: Station, run_id: str, reason: str = "cancelled") -> Run | Non
     """
     now = at.database.now()
     with at.database.transaction() as tx:
-        found = runs.cancel(tx, at.name, run_id, now, reason)
+        found = cancelling.cancel(tx, at.name, run_id, now, reason)
     announce_cancelled(at, [run_id])
     return found
 

@@ -25,8 +25,9 @@ from llmtasks.bridge import Body, NotYours
 from llmtasks.dispatch import Station, relay
 from llmtasks.errors import DatabaseUnavailableError, LLMTasksError
 from llmtasks.states import RunState
-from llmtasks.store import claims
-from llmtasks.store.claims import Claim, Delivered, End
+from llmtasks.store import claims, held
+from llmtasks.store.claims import Claim, End
+from llmtasks.store.held import Delivered
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -138,7 +139,7 @@ class Holdings:
         try:
             for station in {station for station, _ in ends}:
                 with station.database.transaction() as tx:
-                    claims.mark_delivered(tx, [told for at, told in ends if at is station])
+                    held.mark_delivered(tx, [told for at, told in ends if at is station])
         except BaseException:
             with self._lock:
                 self._delivered = ends + self._delivered
@@ -175,10 +176,10 @@ class Holdings:
     def _stamp(self, at: Station) -> None:
         """Stamp what is held; stop what is no longer ours."""
         with self._lock:
-            held = [hold for hold in self._held.values() if hold.station is at and not hold.lost]
+            mine = [hold for hold in self._held.values() if hold.station is at and not hold.lost]
         with at.database.transaction() as tx:
-            ours = claims.stamp(tx, owner_of(), [hold.claim.id for hold in held], at.database.now())
-        for hold in held:
+            ours = held.stamp(tx, owner_of(), [hold.claim.id for hold in mine], at.database.now())
+        for hold in mine:
             if ours.get(hold.claim.id) == hold.claim.claim_no:
                 continue
             with self._lock:
@@ -194,7 +195,7 @@ class Holdings:
     def _obey(self, at: Station) -> None:
         """Cancel the runs of which somebody asked it."""
         with at.database.reading() as connection:
-            wanted = claims.cancel_requests(connection, at.name, owner_of())
+            wanted = held.cancel_requests(connection, at.name, owner_of())
         for run_id, (claim_no, reason) in wanted.items():
             with self._lock:
                 hold = self._held.get(run_id)

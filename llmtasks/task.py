@@ -24,8 +24,8 @@ from llmtasks.errors import (
 from llmtasks.options import check_schedule_options, check_whole
 from llmtasks.registry import task_registry
 from llmtasks.states import ScheduleState
-from llmtasks.store import runs, schedules
-from llmtasks.store.database import joined
+from llmtasks.store import cancelling, schedules
+from llmtasks.store.joining import joined
 from llmtasks.store.runs import Run
 from llmtasks.store.schedules import Schedule, trigger_columns
 from llmtasks.triggers import Cron, Interval, Once, Trigger
@@ -140,7 +140,7 @@ class Task:
             stored = schedules.put(
                 tx, replace(row, state=ScheduleState.CANCELLED, next_run_at=None, reason=reason), now
             )
-            ids = runs.cancel_of_schedule(tx, stored.id, now, reason)
+            ids = cancelling.cancel_of_schedule(tx, stored.id, now, reason)
         self._adopt(stored)
         dispatch.announce_cancelled(at, ids)
         return self

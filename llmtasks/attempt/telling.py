@@ -17,8 +17,8 @@ from llmtasks.bridge import Body
 from llmtasks.holding import Hold, hold_of, holdings, persist
 from llmtasks.options import TaskOptions
 from llmtasks.states import RunState
-from llmtasks.store import claims, runs
-from llmtasks.store.claims import Delivered
+from llmtasks.store import held, runs
+from llmtasks.store.held import Delivered
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:
 
     def read() -> runs.Run | None:
         with at.database.transaction() as tx:
-            claims.count_callback(tx, claim.id, claim.claim_no)
+            held.count_callback(tx, claim.id, claim.claim_no)
             return runs.get(tx, claim.id)
 
     run = persist(at, read)
@@ -86,7 +86,7 @@ def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:
 
         def write() -> None:
             with at.database.transaction() as tx:
-                claims.remark(tx, claim.id, claim.claim_no, note)
+                held.remark(tx, claim.id, claim.claim_no, note)
 
         persist(at, write)
 
@@ -104,7 +104,7 @@ def let_go(task: Any) -> None:
 
     def write() -> None:
         with hold.station.database.transaction() as tx:
-            claims.let_go(tx, hold.claim.id, hold.claim.claim_no)
+            held.let_go(tx, hold.claim.id, hold.claim.claim_no)
 
     persist(hold.station, write)
 

@@ -1,4 +1,4 @@
-"""Claims: taking a run, stamping it, ending its attempt. Every write after the claim is fenced by its claim_no."""
+"""Claims: taking a run and ending its attempt. Every write after the claim is fenced by its claim_no."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, Integer, Text, and_, bindparam, case, func, literal_column, null, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Text, and_, bindparam, case, func, literal_column, null, or_, update
 
 from llmtasks.states import CLAIMABLE, ENDED, RunState
 from llmtasks.store import slots
-from llmtasks.store.rows import UtcDateTime, runs, state_in
+from llmtasks.store.rows import DIALECTS, UtcDateTime, insert_into, runs, state_in, values_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +87,11 @@ _RETURNED: Final = [runs.c[name] for name in Claim.__dataclass_fields__]
 def _claim(dialect: str) -> Any:
     """Insert the run or take it; no row back means that it is not ours to run.
 
-    Taken is what is claimable and not superseded by a later attempt, and an end that nobody holds and Celery was not told.
+    Taken is what is claimable and not superseded by a later attempt, and an end that nobody holds and Celery was not
+    told.
     """
-    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
     names = [*Offer.__dataclass_fields__]
-    statement = kind(runs).values(
+    statement = insert_into(runs, dialect).values(
         {name: bindparam(name) for name in names}
         | {
             "name": bindparam("func_name"),
@@ -140,7 +139,7 @@ def _claim(dialect: str) -> Any:
     ).returning(*_RETURNED)
 
 
-_CLAIM: Final = {dialect: _claim(dialect) for dialect in ("sqlite", "postgresql")}
+_CLAIM: Final = {dialect: _claim(dialect) for dialect in DIALECTS}
 _OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
 #: Somebody asked to cancel the run: it has no next attempt.
 _GIVEN_UP: Final = and_(
@@ -164,6 +163,7 @@ _END: Final = (
     .values(
         state=case((_GIVEN_UP, RunState.CANCELLED.value), else_=bindparam("to")),
         attempts=case((_REPLACED, 0), else_=runs.c.attempts + bindparam("counted")),
+        max_retries=case((_REPLACED, null()), else_=runs.c.max_retries),
         owner=case((bindparam("keeps") == 1, runs.c.owner), else_=null()),
         heartbeat_at=bindparam("now"),
         delivered=bindparam("told"),
@@ -175,54 +175,16 @@ _END: Final = (
         error=bindparam("line"),
         failure=bindparam("packed"),
         traceback=bindparam("trace"),
-        next_attempt_at=bindparam("again_at"),
+        next_attempt_at=case((_GIVEN_UP, null()), else_=bindparam("again_at", type_=UtcDateTime())),
         run_seconds=bindparam("wall"),
         cpu_seconds=bindparam("cpu"),
         peak_memory=bindparam("peak"),
-        args=func.coalesce(bindparam("new_args"), runs.c.args),
-        kwargs=func.coalesce(bindparam("new_kwargs"), runs.c.kwargs),
+        args=func.coalesce(bindparam("new_args", type_=Text()), runs.c.args),
+        kwargs=func.coalesce(bindparam("new_kwargs", type_=Text()), runs.c.kwargs),
         envelope=case((_REPLACED, null()), else_=runs.c.envelope),
         replacement=bindparam("instead", type_=Text()),
     )
 )
-_STAMP: Final = (
-    update(runs)
-    .where(runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.owner == bindparam("by"))
-    .values(heartbeat_at=bindparam("now"))
-    .returning(runs.c.id, runs.c.claim_no)
-)
-_REQUESTS: Final = select(runs.c.id, runs.c.claim_no, runs.c.reason).where(
-    runs.c.app == bindparam("of_app"),
-    runs.c.state == RunState.RUNNING,
-    ~runs.c.delivered,
-    runs.c.owner == bindparam("by"),
-    runs.c.cancel_requested_at.is_not(None),
-)
-
-
-def _cut(text: Any) -> Any:
-    """``text``, cut to the size that a delivered run may keep."""
-    keep = bindparam("keep", type_=Integer())
-    return case((func.length(text) > keep, func.substr(text, 1, keep)), else_=text)
-
-
-_DELIVERED: Final = (
-    update(runs)
-    .where(_OURS, state_in(ENDED))
-    .values(
-        delivered=True,
-        owner=None,
-        envelope=None,
-        failure=None,
-        args=_cut(func.coalesce(bindparam("hidden_args", type_=Text()), runs.c.args)),
-        kwargs=_cut(func.coalesce(bindparam("hidden_kwargs", type_=Text()), runs.c.kwargs)),
-        result=_cut(runs.c.result),
-        traceback=_cut(runs.c.traceback),
-    )
-)
-_LET_GO: Final = update(runs).where(_OURS, state_in(ENDED)).values(owner=None)
-_CALLBACK: Final = update(runs).where(_OURS).values(callback_calls=runs.c.callback_calls + 1)
-_REMARK: Final = update(runs).where(_OURS).values(reason=bindparam("why"))
 
 
 def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -> Claim | None:
@@ -232,10 +194,11 @@ def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -
         silent_since: An owner whose stamp is older than this holds nothing any more.
     """
     values = {name: getattr(offer, name) for name in Offer.__dataclass_fields__}
-    row = tx.execute(_CLAIM[tx.dialect.name], {**values, "now": now, "silent_since": silent_since}).one_or_none()
+    result = tx.execute(_CLAIM[tx.dialect.name], {**values, "now": now, "silent_since": silent_since})
+    row = result.mappings().one_or_none()
     if row is None:
         return None
-    found = dict(row._mapping)
+    found = values_of(row)
     found["state"] = RunState(found["state"])
     return Claim(**found)
 
@@ -287,11 +250,11 @@ def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, li
         "now": now,
         "told": how.delivered,
         "ended": now if ended else None,
-        "why": how.reason,
+        "why": _storable(how.reason),
         "value": how.result,
-        "line": how.error,
+        "line": _storable(how.error),
         "packed": how.failure,
-        "trace": how.traceback,
+        "trace": _storable(how.traceback),
         "again_at": how.next_attempt_at,
         "wall": how.run_seconds,
         "cpu": how.cpu_seconds,
@@ -307,48 +270,6 @@ def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, li
     return True, slots.free(tx, claim.id, now)
 
 
-def stamp(tx: Connection, owner: str, ids: list[str], now: datetime) -> dict[str, int]:
-    """Say that an owner holds these runs; returns the claim_no of every one that is still its own, by id."""
-    return {row.id: row.claim_no for row in tx.execute(_STAMP, {"by": owner, "ids": ids, "now": now})}
-
-
-def cancel_requests(tx: Connection, app: str, owner: str) -> dict[str, tuple[int, str]]:
-    """Claim numbers and reasons of an owner's running runs that somebody wants cancelled, by id."""
-    return {
-        row.id: (row.claim_no, row.reason or "cancelled") for row in tx.execute(_REQUESTS, {"by": owner, "of_app": app})
-    }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivered:
-    """An end that Celery was told; from now on the ledger keeps only what people read."""
-
-    run_id: str
-    claim: int
-    #: Arguments as JSON without what must not stay; None keeps what is there.
-    hidden_args: str | None = None
-    hidden_kwargs: str | None = None
-    #: Characters that each long text is cut to.
-    keep: int
-
-
-def mark_delivered(tx: Connection, ends: list[Delivered]) -> None:
-    """Celery was told these ends: nobody holds the runs any more, and what sending again needed is dropped."""
-    names = Delivered.__dataclass_fields__
-    if ends:
-        tx.execute(_DELIVERED, [{name: getattr(item, name) for name in names} for item in ends])
-
-
-def let_go(tx: Connection, run_id: str, claim_no: int) -> None:
-    """Hold an ended run no longer although Celery could not be told; a keeper has it told again."""
-    tx.execute(_LET_GO, {"run_id": run_id, "claim": claim_no})
-
-
-def count_callback(tx: Connection, run_id: str, claim_no: int) -> None:
-    """Count a call of on_failure or on_success before it is made, so that a crash in it is seen."""
-    tx.execute(_CALLBACK, {"run_id": run_id, "claim": claim_no})
-
-
-def remark(tx: Connection, run_id: str, claim_no: int, reason: str) -> None:
-    """Write down what a person should know about a run of ours."""
-    tx.execute(_REMARK, {"run_id": run_id, "claim": claim_no, "why": reason})
+def _storable(text: str | None) -> str | None:
+    """``text`` as every database takes it: an error's message may hold NUL, or halves of UTF-16 pairs."""
+    return None if text is None else text.encode(errors="backslashreplace").decode().replace("\0", "\\0")

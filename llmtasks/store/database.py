@@ -1,7 +1,8 @@
 """Database: one engine per process and URL, short transactions, the database's own clock.
 
 SQLite (WAL, busy timeout, BEGIN IMMEDIATE for every write) and PostgreSQL (psycopg 3) are used through the same calls.
-No process forks while one of its threads is inside a transaction of ours, and a child never touches a connection of its parent.
+No process forks while one of its threads is inside a transaction of ours, and a child never touches a connection of its
+parent.
 """
 
 from __future__ import annotations
@@ -10,78 +11,25 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakSet
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from llmtasks.errors import ConfigurationError, DatabaseUnavailableError, SchemaOutdatedError
+from llmtasks.store.forking import fork_gate
 from llmtasks.store.rows import SCHEMA_VERSION, VERSION_TABLE
 
 #: Seconds a SQLite writer waits for another one; 5 s, sqlite3's default, lost results under load.
 SQLITE_BUSY_TIMEOUT: Final = 30.0
 #: Seconds a connection attempt to a server may take.
 CONNECT_TIMEOUT: Final = 5
-#: Seconds a fork waits for transactions in other threads before it goes ahead all the same.
-FORK_PATIENCE: Final = 10.0
 #: Seconds after which the difference to the server's clock is measured again.
 CLOCK_REFRESH: Final = 10.0
-
-
-class ForkGate:
-    """Lets many threads in at once, but none while the process forks.
-
-    A child inherits every lock in the state it had; one held by a thread that does not exist there is never released.
-    """
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._inside: dict[int, int] = {}
-        self._closed = False
-        os.register_at_fork(before=self._close, after_in_parent=self._open, after_in_child=self._reset)
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Stay inside; a fork in another thread waits until the block is left."""
-        me = threading.get_ident()
-        with self._condition:
-            while self._closed and me not in self._inside:
-                self._condition.wait()
-            self._inside[me] = self._inside.get(me, 0) + 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._inside[me] = self._inside.get(me, 1) - 1
-                if self._inside[me] <= 0:
-                    self._inside.pop(me, None)
-                    self._condition.notify_all()
-
-    def _close(self) -> None:
-        deadline = time.monotonic() + FORK_PATIENCE
-        with self._condition:
-            self._closed = True
-            while set(self._inside) - {threading.get_ident()}:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._condition.wait(remaining):
-                    break
-
-    def _open(self) -> None:
-        with self._condition:
-            self._closed = False
-            self._condition.notify_all()
-
-    def _reset(self) -> None:
-        self._condition = threading.Condition()
-        self._inside = {}
-        self._closed = False
-
-
-#: Shared by everything in this process that talks to a server from a thread of ours.
-fork_gate: Final = ForkGate()
 
 
 class Database:
@@ -92,7 +40,8 @@ class Database:
         self.dialect = self.url.get_backend_name()
         if self.dialect not in {"sqlite", "postgresql"}:
             raise ConfigurationError(
-                f"database {self.url.render_as_string()!r}: expected a sqlite:// or postgresql:// URL; set LLMTASKS_DATABASE_URL"
+                f"database {self.url.render_as_string()!r}: expected a sqlite:// or postgresql:// URL; "
+                "set LLMTASKS_DATABASE_URL"
             )
         if self.is_sqlite and (self.url.database or ":memory:") == ":memory:":
             raise ConfigurationError(
@@ -101,8 +50,9 @@ class Database:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._ready = False
-        self._offset = timedelta(0)
+        self._offset: timedelta | None = None
         self._measured = -CLOCK_REFRESH
+        _all.add(self)
 
     @property
     def is_sqlite(self) -> bool:
@@ -110,7 +60,7 @@ class Database:
         return self.dialect == "sqlite"
 
     @contextmanager
-    def transaction(self) -> Iterator[Connection]:
+    def transaction(self) -> Generator[Connection]:
         """A write transaction: committed when the block is left, rolled back when it raises.
 
         Raises:
@@ -121,7 +71,7 @@ class Database:
             yield connection
 
     @contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def reading(self) -> Generator[Connection]:
         """A read transaction; it never waits for writers on SQLite. Raises as ``transaction`` does."""
         with fork_gate.entered(), self._unavailable(), self._ready_engine.connect() as connection:
             yield connection
@@ -129,13 +79,22 @@ class Database:
     def now(self) -> datetime:
         """This instant by the database's clock, so that every host compares with the same one.
 
-        SQLite has the host's own clock. A server's is the host's monotonic clock plus a difference measured every 10 s.
+        SQLite has the host's own clock. A server's is the host's monotonic clock plus a difference measured every 10 s;
+        while the server is away the last one counts.
+
+        Raises:
+            DatabaseUnavailableError: The server never answered.
         """
         if self.is_sqlite:
             return datetime.now(UTC)
-        if time.monotonic() - self._measured > CLOCK_REFRESH:
-            self._measure_clock()
-        return datetime.fromtimestamp(time.monotonic(), UTC) + self._offset
+        offset = self._offset
+        if offset is None or time.monotonic() - self._measured > CLOCK_REFRESH:
+            try:
+                offset = self._measure_clock()
+            except DatabaseUnavailableError:
+                if offset is None:
+                    raise
+        return datetime.fromtimestamp(time.monotonic(), UTC) + offset
 
     def version(self) -> str | None:
         """The schema version that the tables have; None where there are none."""
@@ -233,21 +192,22 @@ class Database:
                 connection.rollback()
                 raw = connection.connection.dbapi_connection
                 assert raw is not None
-                raw.execute("PRAGMA journal_mode=WAL")  # type: ignore[attr-defined]  # sqlite3's own method
+                raw.cursor().execute("PRAGMA journal_mode=WAL")
                 found = _version(connection)
             if found != SCHEMA_VERSION:
                 self.migrate()
 
-    def _measure_clock(self) -> None:
+    def _measure_clock(self) -> timedelta:
         with self.reading() as connection:
             before = time.monotonic()
             theirs: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
             middle = (before + time.monotonic()) / 2
-        self._offset = theirs.astimezone(UTC) - datetime.fromtimestamp(middle, UTC)
+        self._offset = offset = theirs.astimezone(UTC) - datetime.fromtimestamp(middle, UTC)
         self._measured = time.monotonic()
+        return offset
 
     @contextmanager
-    def _unavailable(self) -> Iterator[None]:
+    def _unavailable(self) -> Generator[None]:
         """Raise our own error where the server, and not the statement, is at fault."""
         try:
             yield
@@ -264,6 +224,7 @@ class Database:
 
 
 _databases: dict[str, Database] = {}
+_all: Final[WeakSet[Database]] = WeakSet()
 #: Engines of the parent process, kept so that no destructor closes its connections in a child.
 _inherited: list[Engine] = []
 
@@ -277,7 +238,7 @@ def database_at(url: str) -> Database:
 
 
 def _forget_inherited() -> None:
-    for database in _databases.values():
+    for database in list(_all):
         database.forget()
 
 
@@ -303,27 +264,3 @@ def _version(connection: Connection) -> str | None:
 
 def _first_line(error: BaseException) -> str:
     return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-
-
-def joined(database: Database, session: Any) -> Connection:
-    """The connection of a SQLAlchemy Session, so that what is written commits or rolls back with it.
-
-    Raises:
-        ConfigurationError: The session is on another database.
-    """
-    with database.reading():
-        pass  # the tables exist before the caller's transaction relies on them
-    theirs = session.get_bind().url
-    if _place(theirs) != _place(database.url):
-        raise ConfigurationError(
-            f"the session is on {theirs.render_as_string()!r}, llmtasks keeps its tables in {database.url.render_as_string()!r}: "
-            "use a session on the same database, or none"
-        )
-    connection: Connection = session.connection()
-    return connection
-
-
-def _place(url: URL) -> tuple[object, ...]:
-    if url.get_backend_name() == "sqlite":
-        return ("sqlite", Path(str(url.database)).absolute())
-    return (url.get_backend_name(), url.host or "localhost", url.port, url.database, url.query.get("host"))

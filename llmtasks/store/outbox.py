@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, bindparam, delete, literal, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, bindparam, case, delete, literal, select, update
 
 from llmtasks.states import RunState
-from llmtasks.store.rows import UtcDateTime, outbox, runs
+from llmtasks.store.rows import DIALECTS, UtcDateTime, insert_into, outbox, runs, values_of
 
 RUN: Final = "run"
 DELIVER: Final = "deliver"
@@ -45,8 +44,7 @@ class Message:
 
 
 def _put(dialect: str) -> Any:
-    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
-    statement = kind(outbox).values({column.name: bindparam(column.name) for column in outbox.columns})
+    statement = insert_into(outbox, dialect).values({column.name: bindparam(column.name) for column in outbox.columns})
     new = statement.excluded
     return statement.on_conflict_do_update(
         index_elements=["run_id"], set_={"kind": new.kind, "available_at": new.available_at}
@@ -54,15 +52,18 @@ def _put(dialect: str) -> Any:
 
 
 def _put_new(dialect: str) -> Any:
-    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
     new = select(runs.c.id, runs.c.app, literal(RUN), bindparam("now", type_=UtcDateTime())).where(
         runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.state == RunState.PENDING, runs.c.publications == 0
     )
-    return kind(outbox).from_select(["run_id", "app", "kind", "available_at"], new).on_conflict_do_nothing()
+    return (
+        insert_into(outbox, dialect)
+        .from_select(["run_id", "app", "kind", "available_at"], new)
+        .on_conflict_do_nothing()
+    )
 
 
-_PUT_NEW: Final = {dialect: _put_new(dialect) for dialect in ("sqlite", "postgresql")}
-_PUT: Final = {dialect: _put(dialect) for dialect in ("sqlite", "postgresql")}
+_PUT_NEW: Final = {dialect: _put_new(dialect) for dialect in DIALECTS}
+_PUT: Final = {dialect: _put(dialect) for dialect in DIALECTS}
 _MESSAGE: Final = (
     outbox.c.run_id, outbox.c.kind, outbox.c.app, runs.c.func_name, runs.c.args, runs.c.kwargs, runs.c.envelope,
     runs.c.queue, runs.c.priority, runs.c.attempts, runs.c.replacement, runs.c.schedule_id,
@@ -89,15 +90,19 @@ _SENT: Final = (
     .where(outbox.c.run_id.in_(bindparam("ids", expanding=True)), outbox.c.available_at == bindparam("until"))
     .returning(outbox.c.run_id)
 )
-_QUEUED: Final = (
-    update(runs)
-    .where(runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.state == RunState.PENDING)
-    .values(state=RunState.QUEUED)
+#: Everybody locks runs before their outbox rows, several of them by id: no two transactions wait for each other.
+_LOCK: Final = (
+    select(runs.c.id).where(runs.c.id.in_(bindparam("ids", expanding=True))).order_by(runs.c.id).with_for_update()
 )
 _PUBLISHED: Final = (
     update(runs)
     .where(runs.c.id.in_(bindparam("ids", expanding=True)))
-    .values(published_at=bindparam("now"), publications=runs.c.publications + 1, replacement=None)
+    .values(
+        state=case((runs.c.state == RunState.PENDING, RunState.QUEUED.value), else_=runs.c.state),
+        published_at=bindparam("now"),
+        publications=runs.c.publications + 1,
+        replacement=None,
+    )
 )
 _WAITING: Final = (
     select(outbox.c.run_id).where(outbox.c.app == bindparam("app"), outbox.c.available_at <= bindparam("now")).limit(1)
@@ -106,7 +111,7 @@ _WAITING: Final = (
 
 def put(tx: Connection, app: str, ids: Iterable[str], available_at: datetime, kind: str = RUN) -> None:
     """Owe the broker a message for each run; a run that has one keeps one, with the new kind and time."""
-    rows = [{"run_id": run_id, "app": app, "kind": kind, "available_at": available_at} for run_id in ids]
+    rows = [{"run_id": run_id, "app": app, "kind": kind, "available_at": available_at} for run_id in sorted(ids)]
     if rows:
         tx.execute(_PUT[tx.dialect.name], rows)
 
@@ -123,10 +128,8 @@ def is_due(tx: Connection, app: str, now: datetime) -> bool:
 
 def take_due(tx: Connection, app: str, now: datetime, until: datetime, limit: int) -> list[Message]:
     """Reserve up to ``limit`` due messages until ``until``; others reserved at the same moment are passed over."""
-    found = [
-        Message(**row._mapping, reserved_until=until)
-        for row in tx.execute(_DUE, {"app": app, "now": now, "limit": limit})
-    ]
+    rows = tx.execute(_DUE, {"app": app, "now": now, "limit": limit}).mappings()
+    found = [Message(**values_of(row), reserved_until=until) for row in rows]
     if found:
         tx.execute(_RESERVE, {"ids": [item.run_id for item in found], "until": until})
     return found
@@ -134,7 +137,8 @@ def take_due(tx: Connection, app: str, now: datetime, until: datetime, limit: in
 
 def take_these(tx: Connection, ids: list[str], until: datetime) -> list[Message]:
     """Reserve the messages of these runs until ``until``, in the transaction that made them."""
-    found = {row.run_id: Message(**row._mapping, reserved_until=until) for row in tx.execute(_THESE, {"ids": ids})}
+    rows = tx.execute(_THESE, {"ids": ids}).mappings()
+    found = {row["run_id"]: Message(**values_of(row), reserved_until=until) for row in rows}
     if found:
         tx.execute(_RESERVE, {"ids": list(found), "until": until})
     return [found[run_id] for run_id in ids if run_id in found]
@@ -142,24 +146,25 @@ def take_these(tx: Connection, ids: list[str], until: datetime) -> list[Message]
 
 def published(tx: Connection, messages: list[Message], now: datetime) -> None:
     """The broker has these messages. One that was put into the outbox again since it was taken stays there."""
+    if messages and tx.dialect.name != "sqlite":  # a SQLite transaction has the whole database
+        tx.execute(_LOCK, {"ids": [item.run_id for item in messages]}).all()
     for until in {item.reserved_until for item in messages}:
         ids = [item.run_id for item in messages if item.reserved_until == until]
         sent = list(tx.execute(_SENT, {"ids": ids, "until": until}).scalars())
         if sent:
             tx.execute(_PUBLISHED, {"ids": sent, "now": now})
-            tx.execute(_QUEUED, {"ids": sent})
 
 
 def deliver(tx: Connection, app: str, run_id: str, now: datetime) -> None:
     """Owe the broker the message that tells a run's end."""
-    put(tx, app, [run_id], now, DELIVER)
     tx.execute(update(runs).where(runs.c.id == run_id).values(delivery_sent_at=now))
+    put(tx, app, [run_id], now, DELIVER)
 
 
 def requeue(tx: Connection, app: str, run_id: str, now: datetime, until: datetime) -> list[Message]:
     """Owe the broker the message of a run that was released, and reserve it for the caller."""
-    put(tx, app, [run_id], now)
     tx.execute(update(runs).where(runs.c.id == run_id, runs.c.state == RunState.QUEUED).values(state=RunState.PENDING))
+    put(tx, app, [run_id], now)
     return take_these(tx, [run_id], until)
 
 

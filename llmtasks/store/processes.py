@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
-from sqlalchemy import Connection, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, RowMapping, delete, select
 
-from llmtasks.store.rows import processes
+from llmtasks.store.rows import insert_into, processes, values_of
 
 #: A process that is silent for this long is forgotten.
 FORGET_AFTER: Final = timedelta(hours=1)
@@ -36,10 +35,9 @@ class Process:
 
 def stamp(tx: Connection, process: Process) -> None:
     """Write down that a process lives and how it is."""
-    kind: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[tx.dialect.name]
     row = {name: getattr(process, name) for name in Process.__dataclass_fields__}
     row["declared"] = json.dumps(process.declared) if process.kind == "beat" else None
-    statement = kind(processes).values(row)
+    statement = insert_into(processes, tx.dialect.name).values(row)
     changes = {name: statement.excluded[name] for name in row if name not in {"id", "started_at"}}
     tx.execute(statement.on_conflict_do_update(index_elements=["id"], set_=changes))
 
@@ -58,14 +56,15 @@ def alive(tx: Connection, app: str, since: datetime, kind: str | None = None) ->
     )
     if kind is not None:
         query = query.where(processes.c.kind == kind)
-    found: list[Process] = []
-    for row in tx.execute(query):
-        values = dict(row._mapping)
-        values["declared"] = tuple(json.loads(values["declared"] or "[]"))
-        found.append(Process(**values))
-    return found
+    return [_process(row) for row in tx.execute(query).mappings()]
 
 
 def forget_silent(tx: Connection, now: datetime) -> None:
     """Delete the rows of processes that are long gone."""
     tx.execute(delete(processes).where(processes.c.heartbeat_at < now - FORGET_AFTER))
+
+
+def _process(row: RowMapping) -> Process:
+    values = values_of(row)
+    values["declared"] = tuple(json.loads(values["declared"] or "[]"))
+    return Process(**values)

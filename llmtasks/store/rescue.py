@@ -1,15 +1,15 @@
-"""What keepers write: lost runs, due retries, ends to deliver, messages to send again. Every function is safe to call twice."""
+"""What keepers write: lost runs, due retries, ends to deliver, messages to send again; all of it safe to do twice."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, and_, case, func, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, func, literal, null, or_, select, update
 
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.rows import runs
+from llmtasks.store.rows import UtcDateTime, runs
 
 #: Rows that one keeper takes in one transaction.
 BATCH: Final = 200
@@ -77,7 +77,7 @@ def lose(
             losses=runs.c.losses + 1,
             owner=None,
             heartbeat_at=None,
-            ended_at=case((or_(asked, last), now), else_=null()),
+            ended_at=case((or_(asked, last), literal(now, UtcDateTime())), else_=null()),
             next_attempt_at=None if delay is None else now + delay,
             error=error,
             failure=failure,
@@ -86,9 +86,7 @@ def lose(
         )
     )
     rows = tx.execute(select(runs.c.id, runs.c.app, runs.c.state).where(runs.c.id.in_(lost))).all()
-    handed: list[str] = []
-    for row in rows:
-        handed += slots.free(tx, row.id, now)
+    handed = slots.free_all(tx, [row.id for row in rows], now)
     pending = [row.id for row in rows if row.state == RunState.PENDING]
     if pending:
         outbox.put(tx, rows[0].app, pending, now)
@@ -151,7 +149,7 @@ def send_ends(tx: Connection, app: str, silent_since: datetime, now: datetime) -
 
 
 def queued_long(tx: Connection, app: str, now: datetime) -> list[tuple[str, str | None, bool]]:
-    """Queued runs that may have been lost by the broker: id, queue, and whether to send it without looking at the queue."""
+    """Queued runs that the broker may have lost: id, queue, and whether to send it without looking at the queue."""
     rows = tx.execute(
         select(runs.c.id, runs.c.queue, runs.c.published_at, runs.c.publications)
         .where(
@@ -172,16 +170,11 @@ def queued_long(tx: Connection, app: str, now: datetime) -> list[tuple[str, str 
 
 def republish(tx: Connection, app: str, ids: list[str], now: datetime) -> None:
     """Owe the broker the messages of queued runs again; the attempt they carry is the same."""
-    still = list(
-        tx.execute(
-            select(runs.c.id)
-            .where(runs.c.id.in_(ids), runs.c.state == RunState.QUEUED)
-            .with_for_update(skip_locked=True)
-        ).scalars()
-    )
-    outbox.put(tx, app, still, now)
+    queued = select(runs.c.id).where(runs.c.id.in_(ids), runs.c.state == RunState.QUEUED)
+    still = list(tx.execute(queued.order_by(runs.c.id).with_for_update(skip_locked=True)).scalars())
     if still:
         tx.execute(update(runs).where(runs.c.id.in_(still)).values(state=RunState.PENDING))
+        outbox.put(tx, app, still, now)
 
 
 def next_due(tx: Connection, app: str) -> datetime | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -17,6 +17,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    RowMapping,
     String,
     Table,
     Text,
@@ -26,12 +27,15 @@ from sqlalchemy import (
     literal_column,
     text,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 
 from llmtasks.states import RunState
 
 #: The revision in migrations/versions that creates exactly these tables.
 SCHEMA_VERSION: Final = "0001"
 VERSION_TABLE: Final = "llmtasks_version"
+#: SQLAlchemy's names of the databases that statements are prepared for.
+DIALECTS: Final = ("sqlite", "postgresql")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -222,3 +226,14 @@ processes: Final = Table(
 def state_in(states: Iterable[RunState]) -> ColumnElement[bool]:
     """Whether a run is in one of ``states``, spelled out: a bound list cannot be used with many rows of parameters."""
     return runs.c.state.in_([literal_column(f"'{state}'") for state in sorted(states)])
+
+
+def insert_into(table: Table, dialect: str) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that knows ON CONFLICT, which each dialect spells by itself, and says how many rows it made."""
+    new = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+    return new.execution_options(preserve_rowcount=True)
+
+
+def values_of(row: RowMapping) -> dict[str, Any]:
+    """The values of a row by their columns' names."""
+    return {str(name): value for name, value in row.items()}

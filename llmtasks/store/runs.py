@@ -1,4 +1,4 @@
-"""The ledger: what a run is, how one is opened, read, listed and cancelled."""
+"""The ledger: what a run is, how one is opened, read, listed and purged."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, and_, bindparam, delete, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, bindparam, delete, func, or_, select, update
 
-from llmtasks.states import ENDED, UNSTARTED, RunState
+from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.rows import runs
+from llmtasks.store.rows import DIALECTS, insert_into, runs, values_of
 
 #: Live runs and undelivered ends are few; a purge deletes at most this many rows in one transaction.
 PURGE_SLICE: Final = 1_000
@@ -72,7 +71,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
-    """What opens a run. ``args`` and ``kwargs`` are JSON texts, ``envelope`` the JSON of what else its message needs."""
+    """What opens a run. ``args`` and ``kwargs`` are JSON texts, ``envelope`` that of what else its message needs."""
 
     id: str
     app: str
@@ -99,13 +98,9 @@ _OPENED: Final = (
 )  # fmt: skip
 
 
-def _insert(dialect: str) -> Any:
-    """INSERT that leaves an existing row, by id or by instant, as it is."""
-    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
-    return kind(runs).values({name: bindparam(name) for name in _OPENED}).on_conflict_do_nothing()
-
-
-_INSERT: Final = {dialect: _insert(dialect) for dialect in ("sqlite", "postgresql")}
+_NEW: Final[dict[str, Any]] = {name: bindparam(name) for name in _OPENED}
+#: Leaves an existing row, by id or by instant, as it is.
+_INSERT: Final = {dialect: insert_into(runs, dialect).values(_NEW).on_conflict_do_nothing() for dialect in DIALECTS}
 
 
 def open_run(tx: Connection, new: NewRun, now: datetime, available_at: datetime | None = None) -> bool:
@@ -173,7 +168,7 @@ def end_handed(tx: Connection, run_id: str, now: datetime) -> None:
 
 def get(tx: Connection, run_id: str) -> Run | None:
     """The run with this id."""
-    row = tx.execute(_GET, {"id": run_id}).one_or_none()
+    row = tx.execute(_GET, {"id": run_id}).mappings().one_or_none()
     return _run(row) if row else None
 
 
@@ -198,89 +193,29 @@ def find(
         query = query.where(runs.c.schedule_id == schedule_id)
     if since is not None:
         query = query.where(runs.c.created_at >= since)
-    return [_run(row) for row in tx.execute(query)]
-
-
-def cancel(tx: Connection, app: str, run_id: str, now: datetime, reason: str) -> Run | None:
-    """Cancel a run: at once where nothing holds it, by a request to its owner where one does.
-
-    An id that is not known yet is stored as cancelled, so that its message, when it comes, does not start.
-
-    Returns:
-        The run afterwards; None where the id was unknown.
-    """
-    before = get(tx, run_id)
-    if before is None:
-        unknown = NewRun(
-            id=run_id,
-            app=app,
-            func_name="",
-            name="",
-            args="[]",
-            kwargs="{}",
-            envelope="{}",
-            queue=None,
-            priority=5,
-            reason=reason,
-        )
-        record_ended(tx, unknown, now, RunState.CANCELLED)
-        return None
-    cancel_where(tx, runs.c.id == run_id, now, reason)
-    return get(tx, run_id)
-
-
-def cancel_of_schedule(tx: Connection, schedule_id: str, now: datetime, reason: str) -> list[str]:
-    """Cancel every unfinished run of a schedule; returns their ids."""
-    live = and_(runs.c.schedule_id == schedule_id, runs.c.state.not_in(ENDED))
-    ids = list(tx.execute(select(runs.c.id).where(live)).scalars())
-    cancel_where(tx, live, now, reason)
-    return ids
-
-
-def cancel_where(tx: Connection, condition: Any, now: datetime, reason: str) -> None:
-    """Cancel the unstarted runs that meet ``condition`` and request it for the running ones."""
-    unstarted = and_(condition, runs.c.state.in_(UNSTARTED))
-    ids = list(tx.execute(select(runs.c.id).where(unstarted).order_by(runs.c.id)).scalars())
-    tx.execute(
-        update(runs)
-        .where(unstarted)
-        .values(
-            state=RunState.CANCELLED,
-            reason=reason,
-            ended_at=now,
-            owner=None,
-            cancel_requested_at=now,
-            next_attempt_at=None,
-        )
-    )
-    for run_id in ids:
-        slots.free(tx, run_id, now)
-    outbox.remove(tx, ids)
-    tx.execute(
-        update(runs)
-        .where(condition, runs.c.state == RunState.RUNNING, runs.c.cancel_requested_at.is_(None))
-        .values(cancel_requested_at=now, reason=reason)
-    )
+    return [_run(row) for row in tx.execute(query).mappings()]
 
 
 def purge(tx: Connection, app: str, before: datetime, func_name: str | None = None) -> int:
     """Delete one slice of runs that ended before ``before`` and were delivered; returns how many."""
-    old = select(runs.c.id).where(
-        runs.c.app == app, runs.c.ended_at < before, runs.c.delivered, runs.c.state.in_(ENDED)
-    )
-    if func_name is not None:
-        old = old.where(runs.c.func_name == func_name)
-    ids = list(tx.execute(old.order_by(runs.c.ended_at).limit(PURGE_SLICE)).scalars())
+    query = select(runs.c.id).where(_purgeable(app, before, func_name)).order_by(runs.c.ended_at).limit(PURGE_SLICE)
+    ids = list(tx.execute(query).scalars())
     if ids:
-        tx.execute(delete(runs).where(runs.c.id.in_(ids)))
+        tx.execute(delete(runs).where(runs.c.id.in_(ids), runs.c.state.in_(ENDED)))
     return len(ids)
 
 
-def count_ended(tx: Connection, app: str, before: datetime) -> int:
-    """How many runs a purge up to ``before`` would delete."""
-    return tx.execute(
-        select(func.count()).select_from(runs).where(runs.c.app == app, runs.c.ended_at < before, runs.c.delivered)
-    ).scalar_one()
+def count_ended(tx: Connection, app: str, before: datetime, func_name: str | None = None) -> int:
+    """How many runs purges up to ``before`` would delete."""
+    query = select(func.count()).select_from(runs).where(_purgeable(app, before, func_name))
+    return tx.execute(query).scalar_one()
+
+
+def _purgeable(app: str, before: datetime, func_name: str | None) -> ColumnElement[bool]:
+    # A cancellation of an id whose message never came has nobody to be told.
+    over = and_(runs.c.state.in_(ENDED), or_(runs.c.delivered, runs.c.func_name == ""))
+    condition = and_(runs.c.app == app, runs.c.ended_at < before, over)
+    return condition if func_name is None else and_(condition, runs.c.func_name == func_name)
 
 
 def _row(new: NewRun, now: datetime, state: RunState) -> dict[str, Any]:
@@ -296,8 +231,8 @@ def _row(new: NewRun, now: datetime, state: RunState) -> dict[str, Any]:
     }
 
 
-def _run(row: Row[Any]) -> Run:
-    values = dict(row._mapping)
+def _run(row: RowMapping) -> Run:
+    values = values_of(row)
     values["state"] = RunState(values["state"])
     values["args"] = _loads(values["args"], [])
     values["kwargs"] = _loads(values["kwargs"], {})

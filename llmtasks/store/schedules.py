@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select,
 
 from llmtasks.errors import ConfigurationError
 from llmtasks.states import ScheduleState
-from llmtasks.store.rows import schedules
+from llmtasks.store.rows import UtcDateTime, schedules
 from llmtasks.triggers import Cron, Interval, Once, Trigger
 
 
@@ -91,6 +91,7 @@ def trigger_columns(trigger: Trigger) -> dict[str, Any]:
             return {"kind": "once", "expression": None, "timezone": None, "every_us": None, "anchor": trigger.at}
 
 
+_NAMES: Final = schedules.columns.keys()
 _DUE: Final = (
     select(schedules)
     .where(schedules.c.app == bindparam("app"), schedules.c.next_run_at <= bindparam("now"))
@@ -108,10 +109,12 @@ _ADVANCE: Final = (
     update(schedules)
     .where(schedules.c.id == bindparam("schedule_id"))
     .values(
-        next_run_at=bindparam("next_at"), last_run_at=func.coalesce(bindparam("last_at"), schedules.c.last_run_at),
-        state=bindparam("to"), reason=bindparam("why"),
+        next_run_at=bindparam("next_at"),
+        last_run_at=func.coalesce(bindparam("last_at", type_=UtcDateTime()), schedules.c.last_run_at),
+        state=bindparam("to"),
+        reason=bindparam("why"),
     )
-)  # fmt: skip
+)
 
 
 def due(tx: Connection, app: str, now: datetime, limit: int) -> list[Row[Any]]:
@@ -207,8 +210,8 @@ def overdue(tx: Connection, app: str, before: datetime) -> int:
 
 
 def from_row(row: Row[Any]) -> Schedule:
-    """A row as a Schedule."""
-    values = dict(row._mapping)
+    """A row of the whole table as a Schedule."""
+    values = dict(zip(_NAMES, row, strict=True))
     for name in ("args", "kwargs", "options"):
         values[name] = json.loads(values[name])
     values["state"] = ScheduleState(values["state"])

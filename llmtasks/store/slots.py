@@ -1,16 +1,16 @@
-"""Slots: the max_instances places of a task function or schedule. The primary key (scope, place) is what keeps the limit."""
+"""Slots: the max_instances places of a task function or schedule; the primary key (scope, place) keeps the limit."""
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, bindparam, delete, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, bindparam, delete, select, update
 
 from llmtasks.states import RunState
 from llmtasks.store import outbox
-from llmtasks.store.rows import runs, slots
+from llmtasks.store.rows import DIALECTS, insert_into, runs, slots
 
 #: How many waiting runs are looked at for one freed slot; those before it in line lack another slot.
 CANDIDATES: Final = 20
@@ -19,20 +19,31 @@ _TAKEN: Final = select(slots.c.place, slots.c.run_id).where(slots.c.scope == bin
 _FREE: Final = delete(slots).where(slots.c.run_id == bindparam("run_id"))
 
 
-def _put(dialect: str) -> Any:
-    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect]
-    return (
-        kind(slots).values({column.name: bindparam(column.name) for column in slots.columns}).on_conflict_do_nothing()
-    )
-
-
-_PUT: Final = {dialect: _put(dialect) for dialect in ("sqlite", "postgresql")}
+_HELD: Final = select(slots.c.scope).where(slots.c.run_id == bindparam("run_id"))
+_ROW: Final[dict[str, Any]] = {column.name: bindparam(column.name) for column in slots.columns}
+_PUT: Final = {dialect: insert_into(slots, dialect).values(_ROW).on_conflict_do_nothing() for dialect in DIALECTS}
+#: Waiting runs of a scope, in line.
+_WAITING: Final = (
+    select(runs.c.id, runs.c.app, runs.c.func_name, runs.c.function_slots, runs.c.schedule_id, runs.c.schedule_slots)
+    .where(~runs.c.delivered, runs.c.state == RunState.WAITING)
+    .order_by(runs.c.priority, runs.c.created_at, runs.c.id)
+    .limit(bindparam("limit"))
+    .with_for_update(skip_locked=True)
+)
+_WAITING_FOR_SCHEDULE: Final = _WAITING.where(runs.c.schedule_id == bindparam("of_schedule"))
+_WAITING_FOR_FUNCTION: Final = _WAITING.where(
+    runs.c.app == bindparam("of_app"), runs.c.func_name == bindparam("of_function"), runs.c.function_slots.is_not(None)
+)
+_GO: Final = update(runs).where(runs.c.id == bindparam("run_id")).values(state=RunState.PENDING, reason=None)
 
 
 def scopes(
     app: str, func_name: str, function_slots: int | None, schedule_id: str | None, schedule_slots: int | None
 ) -> list[tuple[str, int]]:
-    """The scopes that limit a run, with their numbers of places; the function's first, so that everyone locks in one order."""
+    """The scopes that limit a run, with their numbers of places.
+
+    The function's comes first, so that everyone locks in one order.
+    """
     found: list[tuple[str, int]] = []
     if function_slots is not None:
         found.append((f"function:{app}:{func_name}", function_slots))
@@ -56,39 +67,35 @@ def take(tx: Connection, wanted: list[tuple[str, int]], run_id: str, now: dateti
 
 def free(tx: Connection, run_id: str, now: datetime) -> list[str]:
     """Give back what a run holds and hand it to the first runs that wait; returns their ids, now pending."""
-    scopes_held = [row.scope for row in tx.execute(select(slots.c.scope).where(slots.c.run_id == run_id))]
-    if not scopes_held:
-        return []
-    tx.execute(_FREE, {"run_id": run_id})
-    handed: list[str] = []
-    for scope in scopes_held:
-        handed += hand_over(tx, scope, now)
-    return handed
+    return free_all(tx, [run_id], now)
+
+
+def free_all(tx: Connection, ids: list[str], now: datetime) -> list[str]:
+    """Give back what several runs hold, scope by scope in one order; returns the ids of those that got the places."""
+    freed: Counter[str] = Counter()
+    for run_id in ids:
+        held = tx.execute(_HELD, {"run_id": run_id}).scalars().all()
+        if held:
+            tx.execute(_FREE, {"run_id": run_id})
+            freed.update(held)
+    return [run_id for scope in sorted(freed) for run_id in hand_over(tx, scope, now, freed[scope])]
 
 
 def hand_over(tx: Connection, scope: str, now: datetime, limit: int = 1) -> list[str]:
     """Let up to ``limit`` waiting runs of a scope have its free places, by priority, then age; returns their ids."""
     kind, _, rest = scope.partition(":")
+    many = {"limit": max(CANDIDATES, limit)}
     if kind == "schedule":
-        condition = runs.c.schedule_id == rest
+        waiting = tx.execute(_WAITING_FOR_SCHEDULE, {**many, "of_schedule": rest}).all()
     else:
         app, _, func_name = rest.partition(":")
-        condition = and_(runs.c.app == app, runs.c.func_name == func_name, runs.c.function_slots.is_not(None))
-    waiting = tx.execute(
-        select(
-            runs.c.id, runs.c.app, runs.c.func_name, runs.c.function_slots, runs.c.schedule_id, runs.c.schedule_slots
-        )
-        .where(condition, ~runs.c.delivered, runs.c.state == RunState.WAITING)
-        .order_by(runs.c.priority, runs.c.created_at)
-        .limit(max(CANDIDATES, limit))
-        .with_for_update(skip_locked=True)
-    ).all()
+        waiting = tx.execute(_WAITING_FOR_FUNCTION, {**many, "of_app": app, "of_function": func_name}).all()
     handed: list[str] = []
     for row in waiting:
         wanted = scopes(row.app, row.func_name, row.function_slots, row.schedule_id, row.schedule_slots)
         full = take(tx, wanted, row.id, now)
         if full is None:
-            tx.execute(update(runs).where(runs.c.id == row.id).values(state=RunState.PENDING, reason=None))
+            tx.execute(_GO, {"run_id": row.id})
             outbox.put(tx, row.app, [row.id], now)
             handed.append(row.id)
             if len(handed) == limit:
@@ -99,25 +106,18 @@ def hand_over(tx: Connection, scope: str, now: datetime, limit: int = 1) -> list
 
 
 def waiting_scopes(tx: Connection, app: str) -> list[str]:
-    """The scopes for which runs of an app wait, so that a keeper can look for places that nobody handed over."""
+    """The scopes for which runs of an app wait, in order, so that a keeper can hand over places that nobody did."""
     rows = tx.execute(
         select(runs.c.func_name, runs.c.function_slots, runs.c.schedule_id, runs.c.schedule_slots)
         .where(runs.c.app == app, ~runs.c.delivered, runs.c.state == RunState.WAITING)
         .distinct()
     )
-    found: dict[str, None] = {}
+    found: set[str] = set()
     for row in rows:
-        for scope, _ in scopes(app, row.func_name, row.function_slots, row.schedule_id, row.schedule_slots):
-            found[scope] = None
-    return list(found)
-
-
-def free_abandoned(tx: Connection) -> int:
-    """Free places whose run is gone or over; none should be, so this only mends what a bug or a hand left behind."""
-    live = select(runs.c.id).where(
-        or_(runs.c.state == RunState.RUNNING, runs.c.state.in_([RunState.PENDING, RunState.QUEUED]))
-    )
-    return tx.execute(delete(slots).where(slots.c.run_id.not_in(live))).rowcount
+        found |= {
+            name for name, _ in scopes(app, row.func_name, row.function_slots, row.schedule_id, row.schedule_slots)
+        }
+    return sorted(found)
 
 
 def _take_one(tx: Connection, scope: str, places: int, run_id: str, now: datetime) -> bool:

@@ -23,7 +23,7 @@ def configuration(connection: Connection | None = None) -> Config:
 
 
 def lock(connection: Connection) -> None:
-    """Wait until no other process migrates; held until the transaction ends. (SQLite's BEGIN IMMEDIATE holds it already.)"""
+    """Wait until no other process migrates; held until the transaction ends. BEGIN IMMEDIATE holds SQLite's."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
 

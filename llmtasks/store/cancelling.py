@@ -1,0 +1,67 @@
+"""Cancelling runs: at once what nobody holds, by a request to the owner what runs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, Connection, select, update
+
+from llmtasks.states import ENDED, UNSTARTED, RunState
+from llmtasks.store import outbox, slots
+from llmtasks.store.rows import runs
+from llmtasks.store.runs import NewRun, Run, get, record_ended
+
+
+def cancel(tx: Connection, app: str, run_id: str, now: datetime, reason: str) -> Run | None:
+    """Cancel a run: at once where nothing holds it, by a request to its owner where one does.
+
+    An id that is not known yet is stored as cancelled, so that its message, when it comes, does not start.
+
+    Returns:
+        The run afterwards; None where the id was unknown.
+    """
+    if get(tx, run_id) is None:
+        unknown = NewRun(
+            id=run_id, app=app, func_name="", name="", args="[]", kwargs="{}", envelope="{}", queue=None, priority=5,
+            reason=reason,
+        )  # fmt: skip
+        if record_ended(tx, unknown, now, RunState.CANCELLED):
+            return None
+    _cancel_where(tx, runs.c.id == run_id, now, reason)
+    return get(tx, run_id)
+
+
+def cancel_of_schedule(tx: Connection, schedule_id: str, now: datetime, reason: str) -> list[str]:
+    """Cancel every unfinished run of a schedule; returns their ids."""
+    return _cancel_where(tx, runs.c.schedule_id == schedule_id, now, reason)
+
+
+def _cancel_where(tx: Connection, condition: ColumnElement[bool], now: datetime, reason: str) -> list[str]:
+    """Cancel the unstarted runs that meet ``condition``, request it for the running ones; returns the ids of both."""
+    live = select(runs.c.id, runs.c.state).where(condition, runs.c.state.not_in(ENDED))
+    # Locked before either is written: a run that starts or retries in between would be missed by both.
+    found = tx.execute(live.order_by(runs.c.id).with_for_update()).all()
+    unstarted = [row.id for row in found if row.state in UNSTARTED]
+    running = [row.id for row in found if row.state == RunState.RUNNING]
+    if unstarted:
+        tx.execute(
+            update(runs)
+            .where(runs.c.id.in_(unstarted))
+            .values(
+                state=RunState.CANCELLED,
+                reason=reason,
+                ended_at=now,
+                owner=None,
+                cancel_requested_at=now,
+                next_attempt_at=None,
+            )
+        )
+        slots.free_all(tx, unstarted, now)
+        outbox.remove(tx, unstarted)
+    if running:
+        tx.execute(
+            update(runs)
+            .where(runs.c.id.in_(running), runs.c.cancel_requested_at.is_(None))
+            .values(cancel_requested_at=now, reason=reason)
+        )
+    return [row.id for row in found]
