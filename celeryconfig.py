@@ -20,6 +20,10 @@ TASK_CONFIG = {
 broker_url = _settings.broker_url
 result_backend = _settings.result_url
 result_extended = True
+# Without a broker .delay() fails after two seconds, not twenty; a result that could not be stored is told again later.
+result_backend_transport_options = {
+    "retry_policy": {"max_retries": 3, "interval_start": 0, "interval_step": 0.5, "interval_max": 1}
+}
 
 # LLMTASKS_IMPORTS: the modules that register task functions, separated by commas.
 imports = ["llmtasks.install", *filter(None, os.environ.get("LLMTASKS_IMPORTS", "").split(","))]

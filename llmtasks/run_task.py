@@ -153,6 +153,13 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
         except EncodeError:
             self._check_json(args, kwargs)
             raise
+        except sender.gone(self.app) as error:
+            raise sender.outage(self.app, error) from error
+        except RuntimeError as error:
+            # What the Redis result backend makes of a connection error (backends/asynchronous.py:390).
+            if isinstance(error.__cause__, sender.gone(self.app)):
+                raise sender.outage(self.app, error.__cause__) from error
+            raise
         except TypeError as error:
             if isinstance(error, InvalidParamsError):
                 raise

@@ -1,6 +1,7 @@
 """Settings, read once from the Celery app's configuration and the environment.
 
-A setting ``llmtasks_<name>`` of the app wins over the environment variable ``LLMTASKS_<NAME>``, which wins over the default.
+A setting ``llmtasks_<name>`` of the app wins over the environment variable ``LLMTASKS_<NAME>``, which wins over the
+default.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from llmtasks.errors import ConfigurationError, InvalidOptionError, nearest
 
@@ -152,9 +154,11 @@ def read(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | Non
 
     database_url = get("database_url", str, "") or f"sqlite:///{in_home('database') / 'llmtasks.db'}"
     broker_url = (
-        get("broker_url", str, "")
+        # Celery lets this variable, which `celery -b` sets too, win over every configuration.
+        environ.get("CELERY_BROKER_URL")
+        or get("broker_url", str, "")
         or str(conf.get("broker_url") or "")
-        or f"redis+socket://{socket_path(in_home('broker'))}"
+        or embedded_broker_url(in_home("broker"))
     )
     result_url = (
         get("result_url", str, "") or str(conf.get("result_backend") or "") or _result_url(broker_url, database_url)
@@ -194,6 +198,11 @@ def socket_path(home: Path) -> Path:
     digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
     runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     return Path(runtime) / f"llmtasks-{os.getuid()}-{digest}" / "broker.sock"
+
+
+def embedded_broker_url(home: Path) -> str:
+    """The URL of the embedded broker of data directory ``home``."""
+    return f"redis+socket://{quote(str(socket_path(home)))}"
 
 
 def is_redis(url: str) -> bool:

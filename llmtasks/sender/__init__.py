@@ -1,5 +1,6 @@
 """The border to Celery for everything that is sent: messages, priorities, revokes, states."""
 
+from llmtasks.sender.advice import missing_socket_advice
 from llmtasks.sender.apps import current_app, settings_of
 from llmtasks.sender.envelope import (
     DELIVER_HEADER,
@@ -15,7 +16,9 @@ from llmtasks.sender.publishing import (
     backend_exception,
     celery_state,
     default_queue,
+    gone,
     lost_failure,
+    outage,
     publish,
     queue_length,
     revoke,
@@ -31,11 +34,14 @@ __all__ = [
     "dumps",
     "envelope_of_options",
     "envelope_of_request",
+    "gone",
     "ignores_result",
     "is_handed",
     "loads",
     "lost_failure",
+    "missing_socket_advice",
     "native_priority",
+    "outage",
     "publish",
     "queue_length",
     "revoke",

@@ -21,7 +21,9 @@ _task_module: Any = celery_task
 def envelope_of_request(request: Any, ignore_result: bool | None) -> str:
     """What sending the current request's message again needs, arguments aside, as JSON."""
     options = {
-        key: value for key, value in request.as_execution_options().items() if value and key not in _DROPPED_OPTIONS
+        key: value
+        for key, value in request.as_execution_options().items()
+        if _says_something(value) and key not in _DROPPED_OPTIONS
     }
     headers = {key: value for key, value in (request.headers or {}).items() if key != DELIVER_HEADER}
     where = request.delivery_info or {}
@@ -54,7 +56,7 @@ def envelope_of_options(options: dict[str, Any]) -> str:
         kept[stamp] = options.get(stamp)
     return dumps(
         {
-            "options": {key: value for key, value in kept.items() if value},
+            "options": {key: value for key, value in kept.items() if _says_something(value)},
             "headers": options.get("headers") or {},
             "ignore_result": options.get("ignore_result"),
             "exchange": options.get("exchange") or "",
@@ -83,6 +85,11 @@ def absolute(when: Any) -> str | None:
     if isinstance(when, datetime):
         return when.isoformat()
     return (datetime.now(UTC) + timedelta(seconds=float(when))).isoformat()
+
+
+def _says_something(value: Any) -> bool:
+    """Whether an option has to be kept. 0 has: it is the first member's place in a group."""
+    return bool(value) or (value == 0 and value is not False)
 
 
 def _list(value: Any) -> list[Any] | None:

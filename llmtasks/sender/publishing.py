@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 import celery
 from billiard.exceptions import WorkerLostError
 from celery.canvas import signature
-from kombu.exceptions import KombuError
+from kombu.exceptions import KombuError, OperationalError
 
 from llmtasks.errors import BrokerUnavailableError
+from llmtasks.sender.advice import missing_socket_advice
 from llmtasks.sender.envelope import DELIVER_HEADER
 from llmtasks.sender.jsontext import dumps, loads
 from llmtasks.sender.priority import native_priority
@@ -58,7 +59,19 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> None:
     except gone as error:
         held.pop(app, None)
         producer.connection.collapse()
-        raise BrokerUnavailableError(f"broker {producer.connection.as_uri()} does not answer: {error}") from error
+        raise outage(app, error) from error
+
+
+class _BrokerGoneError(BrokerUnavailableError, OperationalError):
+    """Also what Celery's users catch."""
+
+
+def outage(app: celery.Celery, error: BaseException) -> BrokerUnavailableError:
+    """The error that says which broker does not answer, why, and what to do."""
+    advice = missing_socket_advice(app.conf.broker_url or "")
+    if advice is not None:
+        return _BrokerGoneError(advice)
+    return _BrokerGoneError(f"broker {app.connection_for_write().as_uri()} does not answer: {error}")
 
 
 def revoke(app: celery.Celery, run_ids: Iterable[str]) -> None:
@@ -76,7 +89,7 @@ def revoke(app: celery.Celery, run_ids: Iterable[str]) -> None:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
             app.control.revoke(ids, connection=connection)
         except gone as error:
-            raise BrokerUnavailableError(f"broker {connection.as_uri()} does not answer: {error}") from error
+            raise outage(app, error) from error
 
 
 def celery_state(app: celery.Celery, run_id: str) -> str:
@@ -180,6 +193,11 @@ def _route(app: celery.Celery, message: Message, envelope: dict[str, Any], task:
         own, message.func_name, loads(message.args or "[]"), loads(message.kwargs or "{}"), task_type=task
     )
     return {key: routed[key] for key in ("queue", "exchange", "routing_key") if routed.get(key) is not None}
+
+
+def gone(app: celery.Celery) -> tuple[type[Exception], ...]:
+    """What publishing raises while the broker, or the result backend that it subscribes to, is away."""
+    return (*_errors_of(app.connection_for_write()), ConnectionError)
 
 
 def _errors_of(connection: Any) -> tuple[type[Exception], ...]:

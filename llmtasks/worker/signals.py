@@ -15,6 +15,7 @@ from llmtasks.dispatch import station
 from llmtasks.holding import holdings
 from llmtasks.keeper import Keeper
 from llmtasks.run_task import RunTask
+from llmtasks.sender import missing_socket_advice
 from llmtasks.worker.heartbeat import ProcessHeart
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,14 @@ class _Worker:
 
 
 _worker = _Worker()
+
+
+@signals.worker_init.connect
+def say_what_is_missing(sender: Any, **_: object) -> None:
+    """The worker starts: where its broker is a socket on which nobody listens, say what to type."""
+    advice = missing_socket_advice(sender.app.conf.broker_url or "")
+    if advice is not None:
+        logger.error(advice)
 
 
 @signals.worker_ready.connect
