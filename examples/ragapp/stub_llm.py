@@ -22,6 +22,8 @@ from typing import Any, Final
 from examples.ragapp.index import WORD
 
 SENTENCE: Final = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n{2,}")
+#: Fenced and indented code, rows of tables, headings.
+NO_PROSE: Final = re.compile(r"^```.*?(^```|\Z)|^(    |\t|[|#]).*?$", re.MULTILINE | re.DOTALL)
 EXCERPT: Final = re.compile(r"^\[(\d+)\] ", re.MULTILINE)
 
 
@@ -129,7 +131,7 @@ def answer(prompt: str) -> str:
     sentences = [
         (int(number), " ".join(sentence.split()))
         for number, text in zip(numbered[::2], numbered[1::2], strict=True)
-        for sentence in SENTENCE.split(text.partition("\n")[2])
+        for sentence in SENTENCE.split(NO_PROSE.sub("", text.partition("\n")[2]))
         if 20 <= len(sentence) <= 400
     ]
     # A word that few sentences have says more than one that many have.

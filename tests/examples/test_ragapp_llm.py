@@ -11,7 +11,7 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from examples.ragapp import llm
+from examples.ragapp import llm, stub_llm
 from examples.ragapp.index import Hit
 from examples.ragapp.llm import LLMError, LLMUnavailableError
 from examples.ragapp.stub_llm import StubModel, Troubles
@@ -50,6 +50,17 @@ async def test_the_answer_is_quoted_from_the_excerpts(model: StubModel) -> None:
     """The stub answers with the sentences that fit the question, and cites their excerpt."""
     assert (await ask(model.url)).startswith("Apples are red in autumn. [1]")
     assert (await ask(model.url, "What is the next run of a paused schedule?")).startswith("A paused schedule")
+
+
+def test_the_answer_is_prose() -> None:
+    """Code, tables and headings are not quoted, whatever words they have."""
+    words = "when are apples red in autumn"
+    text = f"# {words}\n\n    {words}\n\n| {words} |\n\n```\n{words}\n```\n\nThose apples are never blue."
+    hit = Hit(document_id="1", title="Fruit", path="/fruit.md", text=text, snippet="", score=1)
+
+    said = stub_llm.answer(llm.prompt("When are apples red?", [hit])[-1]["content"])
+
+    assert said == "Those apples are never blue. [1]"
 
 
 async def test_an_answer_that_is_not_in_the_excerpts_is_not_invented(model: StubModel) -> None:
