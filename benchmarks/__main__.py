@@ -1,0 +1,36 @@
+"""``python -m benchmarks all``: every measurement; ``python -m benchmarks beat`` one of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks import beat, dev, imports, ledger, publish, report
+
+BENCHMARKS = {
+    item.name: item for item in (imports.BENCHMARK, publish.BENCHMARK, dev.BENCHMARK, ledger.BENCHMARK, beat.BENCHMARK)
+}
+
+
+def main() -> None:
+    """Run the chosen ones, one after the other."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="+", choices=["all", *BENCHMARKS], metavar="name", help=", ".join(["all", *BENCHMARKS])
+    )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="also write the tables there")
+    report.add_common_options(parser)
+    options = parser.parse_args()
+    reports = []
+    for name in BENCHMARKS if "all" in options.names else options.names:
+        flags = ["--quick"] if options.quick else []
+        reports.append(report.taken(BENCHMARKS[name], report.parser_of(BENCHMARKS[name]).parse_args(flags)))
+    report.show(reports, as_json=options.json)
+    if options.save is not None:
+        names = " ".join(options.names)
+        command = f"python -m benchmarks {names}{' --quick' if options.quick else ''}"
+        options.save.write_text(f"# Results\n\nCommand: `{command}`. {report.text_of(reports)}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

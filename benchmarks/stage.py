@@ -1,0 +1,98 @@
+"""Where benchmarks run: a temporary folder with a project, a private Valkey, SQLite or a private PostgreSQL.
+
+The servers and processes are those of the integration tests; nothing outlives its ``with`` block.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from llmtasks.store.database import Database
+from tests.children import ChildProcess
+from tests.processes import Project
+from tests.servers import postgresql, valkey
+
+DATABASES = ("sqlite", "postgresql")
+APP = "benchmarks"
+
+#: The same empty body three ways: recorded, plain, and plain with the Celery options that registering gives.
+TASKS = """
+from celery import shared_task
+from llmtasks import task_registry
+
+
+@task_registry.register(name="recorded")
+def recorded(value=None):
+    return None
+
+
+@task_registry.register(name="recorded_async")
+async def recorded_async(value=None):
+    return None
+
+
+@shared_task(name="plain")
+def plain(value=None):
+    return None
+
+
+@shared_task(name="plain_alike", acks_late=True, soft_time_limit=3600, time_limit=3610)
+def plain_alike(value=None):
+    return None
+"""
+
+
+@contextmanager
+def project(database: str = "sqlite") -> Iterator[Project]:
+    """A project whose database is migrated and whose broker is a Valkey server on a unix socket."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtasks-benchmark-")))
+        broker = stack.enter_context(valkey(folder / "valkey", unix=True))
+        if database == "sqlite":
+            url = f"sqlite:///{folder / 'llmtasks.db'}"
+        else:
+            url = stack.enter_context(postgresql(folder)).create_database()
+        opened = Database(url)
+        opened.migrate()
+        opened.close()
+        made = Project(folder / "project", broker=broker, database_url=url)
+        stack.callback(made.close)
+        made.environ["LLMTASKS_APP"] = APP
+        made.tasks(TASKS)
+        yield made
+
+
+@contextmanager
+def database_of(made: Project) -> Iterator[Database]:
+    """The project's database, opened by this process."""
+    opened = Database(made.database_url)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def cpu_seconds(process: ChildProcess) -> float:
+    """User and system time that a process and its living descendants have used."""
+    total = 0.0
+    for member in (psutil.Process(process.pid), *process.family()):
+        times = member.cpu_times()
+        total += times.user + times.system
+    return total
+
+
+def started_at(process: ChildProcess) -> datetime:
+    """When the process began, as the kernel knows it (to a hundredth of a second)."""
+    return datetime.fromtimestamp(psutil.Process(process.pid).create_time(), UTC)
+
+
+def logged_at(process: ChildProcess, text: str) -> datetime:
+    """When the process logged ``text`` first; Celery's log lines begin with the local time in milliseconds."""
+    line = next(line for line in process.log_of_this_start().splitlines() if text in line)
+    return datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f").astimezone(UTC)
