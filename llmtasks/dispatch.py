@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from llmtasks import sender
 from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, RunNotFoundError
+from llmtasks.message import Message
 from llmtasks.options import DEFAULT_PRIORITY, limits
 from llmtasks.settings import Settings
 from llmtasks.states import RunState
@@ -75,7 +76,13 @@ def run_of(
     timeout = options.get("timeout")
     soft, hard = limits(timeout) if timeout is not None else (None, None)
     envelope = sender.envelope_of_options(
-        {"soft_time_limit": soft, "time_limit": hard, "expires": options.get("expires")}
+        {
+            "soft_time_limit": soft,
+            "time_limit": hard,
+            "expires": options.get("expires"),
+            **options.get("celery", {}),
+            "handed": schedule.handed,
+        }
     )
     if run_id is None:
         run_id = run_id_of(schedule.id, scheduled_for) if scheduled_for else str(uuid.uuid4())
@@ -113,7 +120,7 @@ def dispatch(at: Station, new: NewRun, available_at: datetime | None = None) -> 
         DatabaseUnavailableError: Nothing was recorded.
     """
     now = at.database.now()
-    messages: list[outbox.Message] = []
+    messages: list[Message] = []
     with at.database.transaction() as tx:
         opened = runs.open_run(tx, new, now, available_at)
         if opened and (available_at is None or available_at <= now):
@@ -151,7 +158,7 @@ def relay_due(at: Station, limit: int = 500) -> int:
     return len(messages)
 
 
-def send(at: Station, messages: list[outbox.Message]) -> bool:
+def send(at: Station, messages: list[Message]) -> bool:
     """Publish messages of ours; where the broker or the database is away, leave them to a keeper and say so."""
     try:
         publish(at, messages)
@@ -161,7 +168,7 @@ def send(at: Station, messages: list[outbox.Message]) -> bool:
     return True
 
 
-def publish(at: Station, messages: list[outbox.Message]) -> None:
+def publish(at: Station, messages: list[Message]) -> None:
     """Publish reserved messages and take them out of the outbox."""
     if not messages:
         return

@@ -15,6 +15,7 @@ from llmtasks import sender
 from llmtasks.dispatch import relay, send
 from llmtasks.errors import InvalidParamsError
 from llmtasks.holding import Hold, holdings, persist
+from llmtasks.message import Message
 from llmtasks.options import TaskOptions
 from llmtasks.retry import backoff_delay
 from llmtasks.states import RunState
@@ -96,7 +97,7 @@ def replaced(task: Any, hold: Hold, replacement: Any) -> NoReturn:
     finish(hold, End(state=RunState.QUEUED, counts=False, replacement=sender.dumps(replacement, "the replacement")))
     task.request.llm_replaced = True
 
-    def owe() -> list[outbox.Message]:
+    def owe() -> list[Message]:
         now = at.database.now()
         with at.database.transaction() as tx:
             return outbox.requeue(tx, at.name, hold.claim.id, now, now + timedelta(seconds=at.settings.outbox_patience))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from llmtasks.dispatch import Station, run_of
 from llmtasks.errors import LLMTasksError
+from llmtasks.message import Message
 from llmtasks.options import DEFAULT_MISFIRE_GRACE, Misfire
 from llmtasks.registry import task_registry
 from llmtasks.states import RunState, ScheduleState
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 BATCH: Final = 500
 #: Instants that misfire "all" runs at most.
 ALL_LIMIT: Final = 1_000
+#: What instants are counted in.
+_TICK: Final = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +38,22 @@ class Firing:
     advance: Advance
 
 
-def claim_due(at: Station, limit: int = BATCH) -> tuple[int, list[outbox.Message]]:
-    """Claim due schedules and record their runs.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """What one tick took. ``messages`` are to be sent by the caller, who has them reserved."""
 
-    Returns:
-        How many schedules were due, and the messages to send, reserved for the caller.
+    count: int
+    messages: list[Message]
+    #: The earliest next run of the app's schedules.
+    following: datetime | None
+
+    def pause(self, now: datetime) -> float:
+        """Seconds until the next schedule is due."""
+        return math.inf if self.following is None else max(0.0, (self.following - now).total_seconds())
+
+
+def claim_due(at: Station, limit: int = BATCH) -> Claimed:
+    """Claim due schedules and record their runs.
 
     Raises:
         DatabaseUnavailableError: Nothing was claimed.
@@ -47,7 +62,7 @@ def claim_due(at: Station, limit: int = BATCH) -> tuple[int, list[outbox.Message
     with at.database.reading() as connection:
         following = schedules.next_due(connection, at.name)
     if following is None or following > now:
-        return 0, []
+        return Claimed(count=0, messages=[], following=following)
     with at.database.transaction() as tx:
         rows = schedules.due(tx, at.name, now, limit)
         firings = [_firing_of(row, now) for row in rows]
@@ -59,13 +74,8 @@ def claim_due(at: Station, limit: int = BATCH) -> tuple[int, list[outbox.Message
         schedules.advance(tx, [firing.advance for firing in firings])
         until = now + timedelta(seconds=at.settings.outbox_patience)
         messages = outbox.take_these(tx, [item.id for item in new], until) if new else []
-    return len(rows), messages
-
-
-def next_due(at: Station) -> datetime | None:
-    """The earliest next run of the app's schedules."""
-    with at.database.reading() as connection:
-        return schedules.next_due(connection, at.name)
+        following = schedules.next_due(tx, at.name)
+    return Claimed(count=len(rows), messages=messages, following=following)
 
 
 def _firing_of(row: Any, now: datetime) -> Firing:
@@ -76,7 +86,8 @@ def _firing_of(row: Any, now: datetime) -> Firing:
             raise LLMTasksError(f"no task function is registered as {schedule.func_name!r} where beat runs")
         return fire(schedule, now)
     except Exception as error:
-        logger.exception("schedule %s (%r) is set aside until it is saved again", row.id, row.name)
+        known = isinstance(error, LLMTasksError)
+        logger.error("schedule %s (%r) is set aside: %s", row.id, row.name, error, exc_info=not known)
         why = f"set aside: {error}"
         move = Advance(schedule_id=row.id, next_at=None, last_at=None, to=ScheduleState(row.state), why=why)
         return Firing(new=[], skipped=[], advance=move)
@@ -85,27 +96,31 @@ def _firing_of(row: Any, now: datetime) -> Firing:
 def fire(schedule: Schedule, now: datetime) -> Firing:
     """The runs of a due schedule's instants up to ``now`` by its misfire policy, and where it stands afterwards.
 
-    Pure: an instant within ``misfire_grace`` is on time; of several that are due at once all but the latest are missed.
+    Pure. Of several instants that are due at once only the latest can be on time, and it is within ``misfire_grace``.
     """
-    trigger, first = schedule.trigger, schedule.next_run_at
+    trigger, first, ends_at = schedule.trigger, schedule.next_run_at, schedule.ends_at
     assert first is not None
-    until = min(now, schedule.ends_at) if schedule.ends_at else now
-    before = first - timedelta(microseconds=1)
+    until = now if ends_at is None else min(now, ends_at)
+    if first > until:
+        return Firing(new=[], skipped=[], advance=_advance(schedule, None, None, "it reached its end"))
+    before = first - _TICK
     latest, count = latest_at_or_before(trigger, before, until)
     if latest is None:
-        # The row's time is none of its trigger's instants, such as a first run that was asked for: it stands for itself.
+        # The row's time is none of its trigger's instants: somebody asked for it, and it stands for itself.
         latest, count = first, 1
     new, skipped = _by_policy(schedule, before, latest, count, now)
     following = trigger.next_after(max(latest, now))
-    over = following is None or (schedule.ends_at is not None and following > schedule.ends_at)
-    move = Advance(
-        schedule_id=schedule.id,
-        next_at=None if over else following,
-        last_at=latest,
-        to=ScheduleState.COMPLETED if over else ScheduleState.ACTIVE,
-        why="it fired" if over and schedule.kind == "once" else "it reached its end" if over else None,
-    )
-    return Firing(new=new, skipped=skipped, advance=move)
+    over = None
+    if following is None:
+        over = "it fired" if new else "its instant was missed"
+    elif ends_at is not None and following > ends_at:
+        following, over = None, "it reached its end"
+    return Firing(new=new, skipped=skipped, advance=_advance(schedule, following, latest, over))
+
+
+def _advance(schedule: Schedule, next_at: datetime | None, last_at: datetime | None, over: str | None) -> Advance:
+    to = ScheduleState.ACTIVE if over is None else ScheduleState.COMPLETED
+    return Advance(schedule_id=schedule.id, next_at=next_at, last_at=last_at, to=to, why=over)
 
 
 def _by_policy(
@@ -113,38 +128,33 @@ def _by_policy(
 ) -> tuple[list[NewRun], list[NewRun]]:
     policy = Misfire(schedule.options.get("misfire") or Misfire.ONCE)
     grace = schedule.options.get("misfire_grace")
-    late = now - latest
-    missed = late > timedelta(seconds=DEFAULT_MISFIRE_GRACE if grace is None else grace)
-    if policy is Misfire.ALL and count > 1:
-        instants = latest_instants(schedule.trigger, before, latest, ALL_LIMIT)
-        return [
-            run_of(schedule, scheduled_for=item, reason=_late(now - item) if item != latest or missed else None)
-            for item in instants
-        ], []
+    missed = now - latest > timedelta(seconds=DEFAULT_MISFIRE_GRACE if grace is None else grace)
     if policy is Misfire.SKIP:
         if missed:
-            return [], [_skipped(schedule, latest, count, late)]
-        earlier = [] if count == 1 else [_skipped(schedule, _previous(schedule, before, latest), count - 1, late)]
-        return [run_of(schedule, scheduled_for=latest)], earlier
-    reason = _late(late) if missed else None
+            return [], [_skipped(schedule, latest, count, now)]
+        return [run_of(schedule, scheduled_for=latest)], _earlier(schedule, before, latest, now)
+    if policy is Misfire.ALL and count > 1:
+        instants = latest_instants(schedule.trigger, before, latest, ALL_LIMIT)
+        runs_of_all = [run_of(schedule, scheduled_for=item, reason=_late(now - item)) for item in instants[:-1]]
+        runs_of_all.append(run_of(schedule, scheduled_for=latest, reason=_late(now - latest) if missed else None))
+        return runs_of_all, _earlier(schedule, before, instants[0], now)
+    reason = _late(now - latest) if missed else None
     if count > 1:
         reason = f"stands for {count} instants that nobody could dispatch in time"
     return [run_of(schedule, scheduled_for=latest, stands_for=count, reason=reason)], []
 
 
-def _skipped(schedule: Schedule, instant: datetime, count: int, late: timedelta) -> NewRun:
-    return run_of(
-        schedule,
-        scheduled_for=instant,
-        stands_for=count,
-        reason=f"misfire policy skip: {count} instant{'s' if count > 1 else ''} missed, the latest {_late(late)}",
-    )
+def _earlier(schedule: Schedule, before: datetime, instant: datetime, now: datetime) -> list[NewRun]:
+    """The trace of the instants after ``before`` and before ``instant``, none of which runs."""
+    latest, count = latest_at_or_before(schedule.trigger, before, instant - _TICK)
+    return [] if latest is None else [_skipped(schedule, latest, count, now)]
 
 
-def _previous(schedule: Schedule, before: datetime, latest: datetime) -> datetime:
-    found, _ = latest_at_or_before(schedule.trigger, before, latest - timedelta(microseconds=1))
-    assert found is not None  # count said that there is one
-    return found
+def _skipped(schedule: Schedule, instant: datetime, count: int, now: datetime) -> NewRun:
+    policy = schedule.options.get("misfire")
+    what = f"{count} instants missed, the latest" if count > 1 else "1 instant missed,"
+    reason = f"misfire policy {policy}: {what} {_late(now - instant)}"
+    return run_of(schedule, scheduled_for=instant, stands_for=count, reason=reason)
 
 
 def _late(late: timedelta) -> str:

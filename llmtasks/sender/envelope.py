@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from celery.app import task as celery_task
 
+from llmtasks.message import Message
 from llmtasks.sender.jsontext import dumps, loads
-from llmtasks.store.outbox import Message
 
 #: Marks a message that only tells Celery an end which the ledger has already.
 DELIVER_HEADER: Final = "llm_deliver"

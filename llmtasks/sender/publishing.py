@@ -15,11 +15,11 @@ from celery.canvas import signature
 from kombu.exceptions import KombuError, OperationalError
 
 from llmtasks.errors import BrokerUnavailableError
+from llmtasks.message import Message
 from llmtasks.sender.advice import missing_socket_advice
 from llmtasks.sender.envelope import DELIVER_HEADER
 from llmtasks.sender.jsontext import dumps, loads
 from llmtasks.sender.priority import native_priority
-from llmtasks.store.outbox import Message
 
 #: Messages that one round trip to the broker carries at most.
 BATCH_SIZE: Final = 200

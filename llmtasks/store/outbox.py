@@ -3,44 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, bindparam, case, delete, literal, select, update
 
+from llmtasks.message import DELIVER, RUN, Message
 from llmtasks.states import RunState
 from llmtasks.store.rows import DIALECTS, UtcDateTime, insert_into, outbox, runs, values_of
-
-RUN: Final = "run"
-DELIVER: Final = "deliver"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """What the sender needs to publish a run; the texts are JSON."""
-
-    run_id: str
-    kind: str
-    app: str
-    func_name: str
-    args: str | None
-    kwargs: str | None
-    #: None where only ``replacement`` says what to send.
-    envelope: str | None
-    queue: str | None
-    priority: int
-    #: Attempts already ended: Celery's ``retries``.
-    attempts: int
-    replacement: str | None
-    schedule_id: str | None
-    #: Until then nobody else sends it; what was put into the outbox again meanwhile has another time.
-    reserved_until: datetime
-
-    @property
-    def delivers(self) -> bool:
-        """Whether the message only tells Celery an end that is in the ledger."""
-        return self.kind == DELIVER
 
 
 def _put(dialect: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, and_, case, func, literal, null, or_, select, update
 
+from llmtasks.message import DELIVER
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
 from llmtasks.store.rows import UtcDateTime, runs
@@ -144,7 +145,7 @@ def send_ends(tx: Connection, app: str, silent_since: datetime, now: datetime) -
     )
     if untold:
         tx.execute(update(runs).where(runs.c.id.in_(untold)).values(delivery_sent_at=now))
-        outbox.put(tx, app, untold, now, outbox.DELIVER)
+        outbox.put(tx, app, untold, now, DELIVER)
     return untold
 
 

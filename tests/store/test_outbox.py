@@ -4,10 +4,10 @@ from datetime import datetime
 
 from sqlalchemy import select
 
+from llmtasks.message import DELIVER, Message
 from llmtasks.states import RunState
 from llmtasks.store import outbox, rows, runs
 from llmtasks.store.database import Database
-from llmtasks.store.outbox import Message
 from tests.store.rows_of import (
     APP,
     NOW,
@@ -140,7 +140,7 @@ def test_run_owes_one_message(database: Database) -> None:
     opened(database, new_run("a"))
 
     with database.transaction() as tx:
-        outbox.put(tx, APP, ["a"], later(9), outbox.DELIVER)
+        outbox.put(tx, APP, ["a"], later(9), DELIVER)
 
     with database.reading() as connection:
         (row,) = connection.execute(select(rows.outbox))
