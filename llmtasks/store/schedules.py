@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select,
 
 from llmtasks.errors import ConfigurationError
 from llmtasks.states import ScheduleState
-from llmtasks.store.rows import UtcDateTime, schedules
+from llmtasks.store.rows import UtcDateTime, insert_into, schedules
 from llmtasks.triggers import Cron, Interval, Once, Trigger
 
 
@@ -178,11 +178,14 @@ def find(
 
 
 def put(tx: Connection, schedule: Schedule, now: datetime) -> Schedule:
-    """Write a schedule as it is, new or changed; returns it with its times."""
+    """Write a schedule as it is, new or changed; returns it with its times.
+
+    Where another process inserts the same declared schedule at the same moment, its row is the one that stays.
+    """
     row = _to_row(replace(schedule, created_at=schedule.created_at or now, updated_at=now))
     changed = tx.execute(update(schedules).where(schedules.c.id == schedule.id).values(row)).rowcount
     if not changed:
-        tx.execute(insert(schedules).values(row))
+        tx.execute(insert_into(schedules, tx.dialect.name).values(row).on_conflict_do_nothing())
     return from_row(tx.execute(select(schedules).where(schedules.c.id == schedule.id)).one())
 
 
