@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -58,7 +59,8 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> None:
                     _publish_one(app, producer, message)
     except gone as error:
         held.pop(app, None)
-        producer.connection.collapse()
+        with contextlib.suppress(Exception):  # what closing a broken connection raises differs among transports
+            producer.connection.release()
         raise outage(app, error) from error
 
 
