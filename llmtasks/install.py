@@ -6,7 +6,8 @@ import logging
 from datetime import timedelta
 from typing import Any, Final
 
-import llmtasks.worker.signals  # noqa: F401  # connects the receivers, before a worker forks
+# Connects the receivers before a worker forks.
+import llmtasks.worker.signals  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from llmtasks.dispatch import station
 from llmtasks.registry import task_registry
 from llmtasks.settings import is_redis, read
@@ -34,7 +35,8 @@ PURGE: Final = "llmtasks.purge"
 def install(app: Any) -> Any:
     """Let a Celery app run registered functions: settings that are unset, the beat scheduler, the worker's keeper.
 
-    Its own tasks stay as they are; its ``beat_schedule`` and ``add_periodic_task`` entries become schedules in the database.
+    Its own tasks stay as they are. Its ``beat_schedule`` and ``add_periodic_task`` entries become schedules in the
+    database.
 
     Args:
         app: The Celery app.
