@@ -33,6 +33,13 @@ class NotYours(asyncio.CancelledError):
     """The run went to another worker; the body is to stop and its end counts for nothing."""
 
 
+class TimeIsUp(SoftTimeLimitExceeded, asyncio.CancelledError):
+    """The soft limit inside a coroutine.
+
+    A cancellation too, because that is what task groups, ``wait_for`` and others look for to end what they started.
+    """
+
+
 @dataclass(eq=False, slots=True)
 class Body:
     """A function body that runs now, and the way to interrupt it from another thread or a signal handler."""
@@ -40,19 +47,20 @@ class Body:
     soft_limit: float | None = None
     started: float = field(default_factory=time.monotonic)
     is_async: bool = False
-    #: What is to be raised inside the coroutine; the first one wins.
-    interruption: BaseException | None = None
+    #: What is to be raised inside the coroutine, or was. The first wins, save that a cancellation follows a soft limit.
+    interruption: asyncio.CancelledError | None = None
+    thrown: bool = False
     #: The soft limit was passed and said; it is said once.
     exceeded: bool = False
     _loop: asyncio.AbstractEventLoop | None = None
     _task: asyncio.Task[Any] | None = None
 
-    def interrupt(self, error: BaseException) -> bool:
+    def interrupt(self, error: asyncio.CancelledError) -> bool:
         """Raise ``error`` inside the coroutine at its next await; say whether there is a coroutine to interrupt."""
         if not self.is_async or self._loop is None or self._task is None:
             return False
-        if self.interruption is None:
-            self.interruption = error
+        if self.interruption is None or (self.thrown and isinstance(self.interruption, TimeIsUp)):
+            self.interruption, self.thrown = error, False
             self._loop.call_soon_threadsafe(self._task.cancel)
         return True
 
@@ -60,11 +68,17 @@ class Body:
         """Tell the coroutine, once, that its time is up."""
         if not self.exceeded:
             self.exceeded = True
-            self.interrupt(SoftTimeLimitExceeded(self.soft_limit))
+            self.interrupt(TimeIsUp(self.soft_limit))
 
     def attach(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
         """The coroutine runs as this task."""
         self._loop, self._task = loop, task
+
+    def meaning_of(self, error: asyncio.CancelledError) -> BaseException:
+        """The error that the coroutine's cancellation stands for; code on its way may have raised a plain one anew."""
+        if isinstance(self.interruption, TimeIsUp):
+            return SoftTimeLimitExceeded(self.soft_limit)
+        return self.interruption or error
 
     def is_current(self) -> bool:
         """Whether the loop executes the body's own task at this moment (asked in the loop's thread)."""
@@ -87,15 +101,11 @@ class _Stepper(Coroutine[Any, Any, R]):
     def throw(self, *error: Any) -> Any:
         first = error[0] if isinstance(error[0], BaseException) else error[0](*error[1:2])
         body, wanted = self._body, self._body.interruption
-        if (
-            isinstance(first, asyncio.CancelledError)
-            and wanted is not None
-            and not isinstance(wanted, asyncio.CancelledError)
-        ):
-            body.interruption = None
+        if isinstance(first, asyncio.CancelledError) and wanted is not None and not body.thrown:
+            body.thrown = True
             task = asyncio.current_task()
-            if task is not None:
-                task.uncancel()
+            if isinstance(wanted, TimeIsUp) and task is not None:
+                task.uncancel()  # the coroutine may catch it and go on
             return self._inner.throw(wanted)
         return self._inner.throw(first)
 
@@ -169,9 +179,11 @@ def wait(coroutine: Coroutine[Any, Any, R], body: Body) -> R:
     """Run a coroutine on this process's loop until it is done."""
     context = contextvars.copy_context()
     context.run(_tracer.set, _ident())
-    if threading.current_thread() is threading.main_thread():
-        return _wait_on_own(_Stepper(coroutine, body), body, context)
-    return _wait_on_shared(_Stepper(coroutine, body), body, context)
+    wait_on = _wait_on_own if threading.current_thread() is threading.main_thread() else _wait_on_shared
+    try:
+        return wait_on(_Stepper(coroutine, body), body, context)
+    except asyncio.CancelledError as error:
+        raise body.meaning_of(error) from error
 
 
 def _wait_on_own(stepper: _Stepper[R], body: Body, context: contextvars.Context) -> R:
@@ -210,7 +222,8 @@ def _wait_on_shared(stepper: _Stepper[R], body: Body, context: contextvars.Conte
     if body.soft_limit:
         if not done.wait(body.soft_limit + HARD_LIMIT_MARGIN):
             # Nothing ends a thread; the coroutine is told to stop once more and its outcome counts for nothing.
-            loop.call_soon_threadsafe(made[0].cancel)
+            for task in made:
+                loop.call_soon_threadsafe(task.cancel)
             raise TimeLimitExceeded(body.soft_limit + HARD_LIMIT_MARGIN)
     else:
         done.wait()

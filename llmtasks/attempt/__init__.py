@@ -76,6 +76,10 @@ def conclude(task: Any, options: TaskOptions, hold: Hold, args: tuple[Any, ...],
         # Cancelled by something inside the function: for Celery's tracer that must be an ordinary failure.
         failed(task, options, hold, RuntimeError("the function's coroutine was cancelled from within"), error)
     except Exception as error:
+        if isinstance(hold.body.interruption, Cancelled):  # it failed while it tidied up
+            reason = str(hold.body.interruption)
+            finish(hold, End(state=RunState.CANCELLED, keeps_owner=True, reason=reason, error=line_of(error)))
+            return tell_cancelled(task, hold, reason)
         failed(task, options, hold, error, error)
     else:
         return succeeded(task, hold, value)
