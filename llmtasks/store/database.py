@@ -49,6 +49,8 @@ class Database:
             )
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        #: The engine, and its twin over the same pool with the option that makes a transaction write.
+        self._writer: tuple[Engine, Engine] | None = None
         self._ready = False
         self._offset: timedelta | None = None
         self._measured = -CLOCK_REFRESH
@@ -66,6 +68,7 @@ class Database:
         Raises:
             DatabaseUnavailableError: The database cannot be reached, or stays locked.
             SchemaOutdatedError: Its tables are not those of this version.
+            ConfigurationError: The file is no database.
         """
         with fork_gate.entered(), self._unavailable(), self._writing.begin() as connection:
             yield connection
@@ -106,12 +109,14 @@ class Database:
 
         Safe to call from several processes at the same moment: one does it, the others wait.
         """
-        from llmtasks.store import migrations  # Alembic takes 0.2 s to import and is seldom needed
-
         engine = self._open_engine()
-        with fork_gate.entered(), self._unavailable(), engine.execution_options(write=True).begin() as connection:
-            migrations.lock(connection)
-            migrations.move(connection, target)
+        with fork_gate.entered(), self._unavailable():
+            if self.is_sqlite:
+                with self._alone():
+                    _use_wal(engine)
+                    _move(engine, target)
+            else:
+                _move(engine, target)
 
     def close(self) -> None:
         """Give back every connection; the next call opens new ones."""
@@ -129,7 +134,10 @@ class Database:
 
     @property
     def _writing(self) -> Engine:
-        return self._ready_engine.execution_options(write=True)
+        engine, writer = self._ready_engine, self._writer
+        if writer is None or writer[0] is not engine:
+            writer = self._writer = (engine, engine.execution_options(write=True))
+        return writer[1]
 
     @property
     def _ready_engine(self) -> Engine:
@@ -185,17 +193,19 @@ class Database:
         with engine.connect() as connection:
             if _version(connection) == SCHEMA_VERSION:
                 return
-        lock = Path(f"{self.url.database}.lock")
-        with lock.open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with self._alone():
+            _use_wal(engine)
             with engine.connect() as connection:
-                connection.rollback()
-                raw = connection.connection.dbapi_connection
-                assert raw is not None
-                raw.cursor().execute("PRAGMA journal_mode=WAL")
                 found = _version(connection)
             if found != SCHEMA_VERSION:
-                self.migrate()
+                _move(engine, "head")
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Keep other processes from preparing the same file: two that switch it to WAL would meet "locked"."""
+        with Path(f"{self.url.database}.lock").open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def _measure_clock(self) -> timedelta:
         with self.reading() as connection:
@@ -216,6 +226,10 @@ class Database:
                 f"database {self.url.render_as_string()!r} does not answer: {_first_line(error)}"
             ) from error
         except exc.DBAPIError as error:
+            if getattr(error.orig, "sqlite_errorname", "") == "SQLITE_NOTADB":
+                raise ConfigurationError(
+                    f"{self.url.database} is not a SQLite file: set LLMTASKS_HOME or LLMTASKS_DATABASE_URL to another"
+                ) from error
             if not error.connection_invalidated:
                 raise
             raise DatabaseUnavailableError(
@@ -248,6 +262,23 @@ os.register_at_fork(after_in_child=_forget_inherited)
 def _tune_sqlite(connection: Any, _record: object) -> None:
     # WAL with NORMAL survives the death of any process; only a power cut may take the last transactions.
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _use_wal(engine: Engine) -> None:
+    """Readers never wait for writers, and a commit does not wait for the disk; the file keeps the mode."""
+    with engine.connect() as connection:
+        connection.rollback()  # no mode changes inside a transaction
+        raw = connection.connection.dbapi_connection
+        assert raw is not None
+        raw.cursor().execute("PRAGMA journal_mode=WAL")
+
+
+def _move(engine: Engine, target: str) -> None:
+    from llmtasks.store import migrations  # Alembic takes 0.2 s to import and is seldom needed
+
+    with engine.execution_options(write=True).begin() as connection:
+        migrations.lock(connection)
+        migrations.move(connection, target)
 
 
 def _begin_sqlite(connection: Connection) -> None:
