@@ -1,0 +1,122 @@
+"""Migrations: up, down and up again, from many processes at once, and exactly the tables that the code knows."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import inspect, text
+
+from llmtasks.store import outbox, rows, runs, schedules
+from llmtasks.store.database import Database
+from tests.servers import PostgreSQL
+from tests.store.rows_of import APP, NOW, held, new_run, opened, owed, schedule
+
+
+def tables(database: Database) -> set[str]:
+    with database._open_engine().connect() as connection:
+        return set(inspect(connection).get_table_names())
+
+
+def test_migrated_database_is_what_the_code_knows(database: Database) -> None:
+    """Comparing the tables with the database finds nothing to change."""
+    with database.reading() as connection:
+        options = {"version_table": rows.VERSION_TABLE, "compare_type": True, "compare_server_default": True}
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, rows.metadata) == []
+    assert database.version() == rows.SCHEMA_VERSION
+
+
+def test_schema_goes_up_and_down_with_data(database: Database) -> None:
+    """Down takes every table of ours with it and nothing else; up again works as at first."""
+    opened(database, new_run("a"))
+    held(database, "b", function_slots=1)
+    with database.transaction() as tx:
+        schedules.put(tx, schedule("s"), NOW)
+        tx.execute(text("CREATE TABLE of_the_app (id INTEGER)"))
+
+    database.migrate("base")
+    assert tables(database) - {rows.VERSION_TABLE} == {"of_the_app"}
+    assert database.version() is None
+
+    database.migrate()
+    database.migrate()
+    assert {table.name for table in rows.metadata.sorted_tables} <= tables(database)
+    opened(database, new_run("a"))
+    assert owed(database) == {"a": "run"}
+
+
+def test_revision_can_be_named(database: Database) -> None:
+    """The newest by its id is where the database is already."""
+    opened(database, new_run("a"))
+
+    database.migrate(rows.SCHEMA_VERSION)
+
+    assert owed(database) == {"a": "run"}
+
+
+def test_sqlite_migrates_itself_at_first_use(tmp_path: Path) -> None:
+    """No command is needed; the file is in WAL mode."""
+    database = Database(f"sqlite:///{tmp_path / 'x.db'}")
+
+    opened(database, new_run("a"))
+
+    with database.reading() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        assert connection.execute(text("PRAGMA synchronous")).scalar() == 1
+    assert database.version() == rows.SCHEMA_VERSION
+    database.close()
+
+
+def _use(url: str, number: int, gate: Any, answers: Any, migrate: bool) -> None:
+    database = Database(url)
+    gate.wait(120)
+    try:
+        if migrate:
+            database.migrate()
+        with database.transaction() as tx:
+            runs.open_run(tx, new_run(f"run{number}"), NOW)
+        answers.put("")
+    except BaseException as error:
+        answers.put(f"{type(error).__name__}: {error}")
+    database.close()
+
+
+def _at_once(url: str, count: int, *, migrate: bool) -> list[str]:
+    context = multiprocessing.get_context("spawn")
+    gate, answers = context.Barrier(count), context.Queue()
+    children = [context.Process(target=_use, args=(url, n, gate, answers, migrate)) for n in range(count)]
+    for child in children:
+        child.start()
+    said = [answers.get(timeout=120) for _ in children]
+    for child in children:
+        child.join(30)
+    return said
+
+
+def test_six_processes_that_start_at_once_share_a_new_file(tmp_path: Path) -> None:
+    """Worker, beat and app may meet before the first table exists; none is refused, one migrates."""
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+
+    assert _at_once(url, 6, migrate=False) == [""] * 6
+
+    database = Database(url)
+    with database.reading() as connection:
+        assert len(runs.find(connection, APP)) == 6
+    database.close()
+
+
+@pytest.mark.postgresql
+def test_migrations_at_once_on_a_server_wait_for_each_other(postgresql_server: PostgreSQL) -> None:
+    """Several deployments may migrate at the same moment."""
+    url = postgresql_server.create_database()
+
+    assert _at_once(url, 3, migrate=True) == [""] * 3
+
+    database = Database(url)
+    with database.transaction() as tx:
+        assert len(outbox.take_due(tx, APP, NOW, NOW, 10)) == 3
+    database.close()
+    postgresql_server.drop_database(url)
