@@ -29,6 +29,14 @@ DEFAULTS: Final[dict[str, Any]] = {
     "worker_prefetch_multiplier": 1,
     "worker_send_task_events": True,
 }
+#: Options of the Redis transport that installing adds to the app's own.
+REDIS_OPTIONS: Final[dict[str, Any]] = {
+    "priority_steps": list(range(10)),
+    "queue_order_strategy": "priority",
+    "visibility_timeout": VISIBILITY_TIMEOUT,
+    "unacked_restore_interval": 10,
+    "unacked_restore_throttle": 1,
+}
 PURGE: Final = "llmtasks.purge"
 
 
@@ -44,30 +52,25 @@ def install(app: Any) -> Any:
     Returns:
         The same app.
     """
-    changes = app.conf.changes if hasattr(app.conf, "changes") else {}
-    for name, value in DEFAULTS.items():
-        if not _is_set(app, name):
-            app.conf[name] = value
-    if "broker_url" not in changes and not app.conf.broker_url:
-        settings = read()
-        app.conf.broker_url = settings.broker_url
-        if not app.conf.result_backend:
-            app.conf.result_backend = settings.result_url
-    if is_redis(str(app.conf.broker_url)):
-        options = {
-            "priority_steps": list(range(10)),
-            "queue_order_strategy": "priority",
-            "visibility_timeout": VISIBILITY_TIMEOUT,
-            "unacked_restore_interval": 10,
-            "unacked_restore_throttle": 1,
-        }
-        app.conf.broker_transport_options = {**options, **(app.conf.broker_transport_options or {})}
+    # The app may still be told its configuration: its settings are read at their first use, not here.
+    app.on_after_configure.connect(_complete, weak=False, dispatch_uid="llmtasks.install")
+    if app.configured:
+        _complete(app, app.conf)
     return app
 
 
-def _is_set(app: Any, name: str) -> bool:
-    """Whether the app's own configuration, not Celery's defaults, has this setting."""
-    return any(name in source for source in app.conf.maps[:-1])
+def _complete(sender: Any, source: Any, **_: object) -> None:
+    """Put ours below the app's own settings and above Celery's defaults, which come last."""
+    ours = dict(DEFAULTS)
+    if not source.broker_url:
+        settings = read(source)
+        ours["broker_url"] = settings.broker_url
+        if not source.result_backend:
+            ours["result_backend"] = settings.result_url
+    for settings_in_order in (source.maps, source.defaults):
+        settings_in_order.insert(-1, ours)
+    if is_redis(str(source.broker_url)):
+        source["broker_transport_options"] = {**REDIS_OPTIONS, **(source.get("broker_transport_options") or {})}
 
 
 @task_registry.register(name=PURGE, schedule="17 3 * * *", max_instances=1, max_retries=1, retry_delay=600)
