@@ -2,6 +2,8 @@
 
 from llmtasks.errors import LLMTasksError
 from llmtasks.install import install
+from llmtasks.metrics import track_task_performance
+from llmtasks.monitor import TaskMonitor
 from llmtasks.registry import TaskRegistry, task_registry
 from llmtasks.retry import retry_with_backoff
 from llmtasks.store.runs import Run
@@ -11,8 +13,10 @@ __all__ = [
     "LLMTasksError",
     "Run",
     "Task",
+    "TaskMonitor",
     "TaskRegistry",
     "install",
     "retry_with_backoff",
     "task_registry",
+    "track_task_performance",
 ]
