@@ -1,6 +1,5 @@
 """llmtasks in a Celery app that exists: install(app) adds what is missing and leaves the rest alone."""
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -178,20 +177,3 @@ def test_configuration_that_is_read_later_wins(project: Project) -> None:
     )
 
     assert shown.splitlines() == ["7 9 llmtasks", "10 redis://localhost:1/0"]
-
-
-def test_missing_data_directory_is_said(project: Project) -> None:
-    """Without a database, a data directory or a celeryconfig.py beside which to put one, the error says what to set."""
-    code = "import celery, llmtasks; app = llmtasks.install(celery.Celery('shop')); app.conf.broker_url"
-    kept = dict(project.environ)
-    for name in ("LLMTASKS_DATABASE_URL", "LLMTASKS_HOME"):
-        del project.environ[name]
-    # The repository's own celeryconfig.py is importable here; an application's environment has none.
-    project.environ["CELERY_CONFIG_MODULE"] = "absent"
-    try:
-        done = project.run([sys.executable, "-c", code])
-    finally:
-        project.environ.clear()
-        project.environ.update(kept)
-
-    assert "set LLMTASKS_HOME to a directory" in done.stderr
