@@ -16,7 +16,6 @@ from typing import Any, Final
 from examples.ragapp import documents, tasks
 from examples.ragapp.tasks import INDEX, SETTINGS
 from llmtasks import Task
-from llmtasks.errors import TaskNotFoundError
 from llmtasks.monitor import TaskMonitor
 from llmtasks.states import ENDED, RunState, ScheduleState
 
@@ -24,6 +23,7 @@ from llmtasks.states import ENDED, RunState, ScheduleState
 PATIENCE: Final = 90.0
 PAUSE: Final = 10.0
 MOST_QUESTIONS: Final = 60
+#: Where unread mail is, if it is the local mail server that delivers it.
 MAILBOX: Final = SETTINGS.maildir / "new"
 AWAY: Final = SETTINGS.maildir / "away"
 REPORT: Final = "report while you watch"
@@ -76,7 +76,7 @@ async def succeeds(step: Callable[[], Awaitable[None]], number: int) -> bool:
 
 
 async def put_documents() -> None:
-    """Put a document into the inbox, and wait until everything found so far can be searched."""
+    """Put a document into the inbox, and wait until it can be searched."""
     write("inbox.md", b"# The inbox\n\nThe secret ingredient of the demo is cardamom.\n")
     await ended((await tasks.ingest_folder.adelay()).id)
     await until(inbox_is_searchable, "the document in the inbox was not indexed")
@@ -145,12 +145,16 @@ async def broken_document() -> None:
     async def told_again() -> bool:
         return mails_about("broken.txt") > told
 
-    await until(told_again, "the admin was not told")
-    say("the admin has mail about it")
+    if MAILBOX.exists():
+        await until(told_again, "the admin was not told")
+        say("the admin has mail about it")
 
 
 async def mailbox_gone() -> None:
     """Take the mailbox away for a moment: reading it fails, and a retry succeeds."""
+    if not MAILBOX.exists():
+        say("left out: mail is read elsewhere")
+        return
     MAILBOX.rename(AWAY)
     try:
         run = await tasks.sync_emails.adelay()
@@ -209,12 +213,11 @@ async def ask(question: str) -> None:
 
 async def report_task() -> Task:
     """The Task that writes a report every half minute; made when the demo runs for the first time."""
-    try:
-        return await Task.get(REPORT)
-    except TaskNotFoundError:
-        task = Task(name=REPORT, func_name="generate_report", interval_minutes=0.5, next_run_at=datetime.now())
-        await task.save()
-        return task
+    known = await Task.list(name=REPORT, states=[ScheduleState.ACTIVE, ScheduleState.PAUSED])
+    if known:
+        return known[0]
+    task = Task(name=REPORT, func_name="generate_report", interval_minutes=0.5, next_run_at=datetime.now())
+    return await task.save()
 
 
 async def ended(run_id: str, expected: RunState = RunState.SUCCEEDED) -> None:

@@ -248,7 +248,7 @@ async def slow_job(seconds: float = 60) -> str:
             logger.info("slow job: second %d of %d", second + 1, seconds)
             await asyncio.sleep(1)
     except asyncio.CancelledError:
-        # The place to undo what was begun. Cancellation must go on, so it is raised again.
-        logger.info("slow job: cancelled")
+        # Cancelled or out of time: the place to undo what was begun. It must end now, so this is raised again.
+        logger.info("slow job: stopped")
         raise
     return f"done after {seconds:g} s"
