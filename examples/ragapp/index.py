@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
+
+from examples.ragapp import words
 
 SCHEMA: Final = """
 CREATE TABLE documents (
@@ -36,10 +37,6 @@ CREATE TABLE mails (
 """
 #: A document queued longer than this is queued again: somebody may have cancelled its run.
 QUEUED_TOO_LONG: Final = timedelta(minutes=10)
-
-#: Chinese, Japanese and Korean are written without spaces: each character is a word of the index.
-CJK: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-WORD: Final = re.compile(f"[{CJK}]|[^\\W{CJK}]+")
 
 
 class DocumentStatus(StrEnum):
@@ -195,7 +192,7 @@ class Index:
                 database.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
                 database.executemany(
                     "INSERT INTO chunks (document_id, text) VALUES (?, ?)",
-                    [(document_id, _spaced(chunk)) for chunk in chunks],
+                    [(document_id, words.spaced(chunk)) for chunk in chunks],
                 )
             database.execute(
                 "UPDATE documents SET title = ?, sha256 = ?, status = 'processed', updated = ? WHERE id = ?",
@@ -205,23 +202,23 @@ class Index:
 
     def search(self, question: str, limit: int = 5) -> list[Hit]:
         """The chunks that fit the words of ``question`` best, by BM25."""
-        words = " OR ".join(f'"{word}"' for word in WORD.findall(question))
-        if not words:
+        query = " OR ".join(f'"{word}"' for word in words.WORD.findall(question))
+        if not query:
             return []
         with self._connection() as database:
             rows = database.execute(
                 "SELECT documents.id, title, path, text, snippet(chunks, 1, '', '', '...', 40), bm25(chunks) "
                 "FROM chunks JOIN documents ON documents.id = document_id "
                 "WHERE chunks MATCH ? ORDER BY rank LIMIT ?",
-                (words, limit),
+                (query, limit),
             )
             return [
                 Hit(
                     document_id=row[0],
                     title=row[1],
                     path=row[2],
-                    text=_unspaced(row[3]),
-                    snippet=_unspaced(row[4]),
+                    text=words.unspaced(row[3]),
+                    snippet=words.unspaced(row[4]),
                     score=-row[5],
                 )
                 for row in rows
@@ -297,14 +294,6 @@ def _document(row: tuple[str, str, str, str, str]) -> Document:
     return Document(
         id=row[0], path=row[1], title=row[2], status=DocumentStatus(row[3]), updated=datetime.fromisoformat(row[4])
     )
-
-
-def _spaced(text: str) -> str:
-    return re.sub(f"(?<=[{CJK}])(?=[{CJK}])", " ", text)
-
-
-def _unspaced(text: str) -> str:
-    return re.sub(f"(?<=[{CJK}]) (?=[{CJK}])", "", text)
 
 
 def _now() -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
-from examples.ragapp.index import WORD
+from examples.ragapp.words import WORD
 
 SENTENCE: Final = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n{2,}")
 #: Fenced and indented code, rows of tables, headings.
