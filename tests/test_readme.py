@@ -22,7 +22,7 @@ from llmtasks.options import TaskOptions
 from llmtasks.settings import Settings
 from tests.conftest import do_without
 from tests.processes import CeleryProcess, Project
-from tests.servers import ServerUnavailable, Valkey, valkey
+from tests.servers import PostgreSQL, ServerUnavailable, Valkey, valkey
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -97,6 +97,16 @@ while True:
     assert time.monotonic() < deadline, found
     time.sleep(0.1)
 assert last.reason == "handed to Celery", last
+"""
+
+SERVERS_WORK = """
+from tasks import process_document
+from llmtasks import Task
+
+assert process_document.delay("1").get(timeout=60) == "1 is searchable"
+task = await Task(func_name="process_document", params={"doc_id": "2"}, interval_minutes=5).save()
+run = await task.execute_now()
+assert process_document.AsyncResult(run.id).get(timeout=60) == "2 is searchable"
 """
 
 #: For each input in a file: how evaluating it fails.
@@ -410,6 +420,31 @@ def test_existing_app_keeps_its_tasks_and_its_beat_schedule(workshop: Workshop) 
     project.celery("-A", "shop", "beat", "-l", "INFO", ready="beat: Starting...", name="beat-of-shop")
 
     run_blocks(project, [("the use of shop.py", 0, SHOP_WORKS)])
+
+
+@pytest.mark.redis
+@pytest.mark.postgresql
+@pytest.mark.slow
+def test_two_variables_and_migrate_lead_to_postgresql_and_redis(
+    workshop: Workshop, postgresql_server: PostgreSQL, tmp_path: Path
+) -> None:
+    """The section's lines, with the addresses of servers that there are; then the first example works on them."""
+    (lines,) = [block.text for block in blocks_of(ENGLISH, "sh") if "LLMTASKS_DATABASE_URL" in block.text]
+    database = postgresql_server.create_database()
+    with valkey(tmp_path / "redis") as redis:
+        addresses = iter([database, redis.url])
+        script = re.sub(r"=\S+://\S+", lambda _: f"={shlex.quote(next(addresses))}", lines)
+        project = workshop.project("servers")
+        del project.environ["LLMTASKS_RESULT_URL"]
+        project.environ["LLMTASKS_DATABASE_URL"], project.environ["LLMTASKS_BROKER_URL"] = database, redis.url
+
+        script = script.replace("celery ", f"{sys.executable} -m celery -A tasks ")
+        done = project.run(["sh", "-ec", script])
+        assert done.returncode == 0, done.stderr
+        worker = start_worker(project, "tasks")
+        run_blocks(project, [("the use of the servers", 0, SERVERS_WORK)])
+        worker.terminate()
+    postgresql_server.drop_database(database)
 
 
 @pytest.mark.redis
