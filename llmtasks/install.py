@@ -52,6 +52,8 @@ def install(app: Any) -> Any:
     Returns:
         The same app.
     """
+    # Celery's current app is the thread's own; in a web server's threads `current_app` is the default one.
+    app.set_default()
     # The app may still be told its configuration: its settings are read at their first use, not here.
     app.on_after_configure.connect(_complete, weak=False, dispatch_uid="llmtasks.install")
     if app.configured:

@@ -115,22 +115,23 @@ class TaskOptions:
     celery: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name or len(self.name) > 200:
-            raise InvalidOptionError("name", self.name, "a text of 1 to 200 characters")
-        check_schedule_options(vars_of(self))
+        given = vars_of(self)  # what callers gave, whatever the annotations ask for
+        check_text("name", given["name"], "a text of 1 to 200 characters")
+        check_schedule_options(given)
         check_number("retry_delay", self.retry_delay, least=0)
-        if not isinstance(self.retry_backoff, bool):
+        if not isinstance(given["retry_backoff"], bool):
             raise InvalidOptionError("retry_backoff", self.retry_backoff, "True or False")
         for name in ("on_failure", "on_success"):
-            callback = getattr(self, name)
+            callback = given[name]
             if callback is not None and not callable(callback):
                 raise InvalidOptionError(name, callback, "a function of (run, error) or (run, result)")
-        if isinstance(self.redact, str) or not all(isinstance(item, str) for item in self.redact):
-            raise InvalidOptionError("redact", self.redact, "a tuple of parameter names")
-        object.__setattr__(self, "redact", tuple(self.redact))
+        names = given["redact"]
+        if not isinstance(names, list | tuple | set | frozenset) or not all(isinstance(item, str) for item in names):
+            raise InvalidOptionError("redact", names, "a tuple of parameter names")
+        object.__setattr__(self, "redact", tuple(names))
 
     @classmethod
-    def build(cls, name: str, keywords: Mapping[str, Any], config: Mapping[str, Any] | None) -> TaskOptions:
+    def build(cls, name: str, keywords: Mapping[str, Any], config: Any) -> TaskOptions:
         """Merge the decorator's keywords with its ``config`` mapping and check both.
 
         Raises:
@@ -139,7 +140,7 @@ class TaskOptions:
         if config is not None and not isinstance(config, Mapping):
             raise InvalidOptionError("config", config, "a dict of options")
         config = config or {}
-        twice = sorted(set(keywords) & set(config))
+        twice = [key for key in keywords if key in config]
         if twice:
             raise InvalidOptionError(
                 twice[0],
@@ -172,8 +173,6 @@ class TaskOptions:
     def celery_options(self) -> dict[str, Any]:
         """Keyword arguments of Celery's ``shared_task``, without what only ``TASK_CONFIG`` knows."""
         options: dict[str, Any] = {**self.celery, "name": self.name, "acks_late": True, "serializer": "json"}
-        if self.queue is not None:
-            options["queue"] = self.queue
         if self.retry_backoff:
             options["retry_backoff"] = True  # read by Celery's autoretry_for
         return options
@@ -231,8 +230,18 @@ def check_schedule_options(values: Mapping[str, Any]) -> None:
     if misfire is not None and misfire not in list(Misfire):
         raise InvalidOptionError("misfire", misfire, f"one of {', '.join(repr(str(item)) for item in Misfire)}")
     queue = values.get("queue")
-    if queue is not None and (not isinstance(queue, str) or not queue):
-        raise InvalidOptionError("queue", queue, "the name of a queue")
+    if queue is not None:
+        check_text("queue", queue, "the name of a queue, up to 200 characters")
+
+
+def check_text(option: str, value: object, expected: str) -> None:
+    """Check that ``value`` is a text that fits the ledger's columns.
+
+    Raises:
+        InvalidOptionError: It is not.
+    """
+    if not isinstance(value, str) or not value or len(value) > 200 or "\0" in value:
+        raise InvalidOptionError(option, value, expected)
 
 
 def check_number(option: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
@@ -283,5 +292,5 @@ def _check_known(key: str, value: object, own: set[str]) -> None:
             key, value, "no such option for a registered function", f"{REFUSED_OPTIONS[key].capitalize()}."
         )
     if key not in own and key not in CELERY_OPTIONS:
-        near = nearest(key, own | CELERY_OPTIONS)
+        near = nearest(str(key), own | CELERY_OPTIONS)
         raise InvalidOptionError(key, value, "a known option", f"Did you mean {near[0]!r}?" if near else "")

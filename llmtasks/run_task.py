@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
@@ -148,6 +149,9 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
                     args, kwargs, task_id, delay, priority, link=link, link_error=link_error, shadow=shadow, **options
                 )
         options["priority"] = sender.native_priority(self.app, priority)
+        options["headers"] = {**(options.get("headers") or {}), sender.SENT_HEADER: time.time()}
+        if self.options.queue is not None and not {"queue", "exchange", "routing_key"} & set(options):
+            options["queue"] = self.options.queue
         try:
             return super().apply_async(args, kwargs, task_id, producer, link, link_error, shadow, **options)
         except EncodeError:
@@ -220,7 +224,7 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             args=sender.dumps(list(args or ()), "args"),
             kwargs=sender.dumps(dict(kwargs or {}), "kwargs"),
             envelope=envelope,
-            queue=options.get("queue") or getattr(self, "queue", None),
+            queue=options.get("queue") or self.options.queue,
             priority=priority,
         )
         dispatch(at, new, at.database.now() + timedelta(seconds=delay))

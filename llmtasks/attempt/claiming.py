@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from datetime import UTC, datetime
 from typing import Any
 
 from celery.exceptions import Ignore
@@ -43,6 +44,7 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
         function_slots=options.max_instances,
         owner=owner_of(),
         worker=request.hostname or "",
+        created_at=_sent_at(request, datetime.now(UTC)),
     )
 
     def take() -> tuple[Claim | None, str | None]:
@@ -90,6 +92,12 @@ def _may_skip(tx: Any, claim: Claim) -> bool:
         return False
     schedule = schedules.get(tx, claim.schedule_id)
     return schedule is not None and schedule.kind != "once"
+
+
+def _sent_at(request: Any, now: datetime) -> datetime | None:
+    """When the run was sent by its sender's clock; never after now."""
+    sent = (request.headers or {}).get(sender.SENT_HEADER)
+    return min(now, datetime.fromtimestamp(sent, UTC)) if isinstance(sent, int | float) else None
 
 
 def _as_uuid(text: str) -> uuid.UUID:

@@ -4,6 +4,7 @@ from llmtasks.sender.advice import missing_socket_advice
 from llmtasks.sender.apps import current_app, settings_of
 from llmtasks.sender.envelope import (
     DELIVER_HEADER,
+    SENT_HEADER,
     absolute,
     envelope_of_options,
     envelope_of_request,
@@ -26,6 +27,7 @@ from llmtasks.sender.publishing import (
 
 __all__ = [
     "DELIVER_HEADER",
+    "SENT_HEADER",
     "absolute",
     "backend_exception",
     "celery_state",

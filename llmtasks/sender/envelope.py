@@ -12,6 +12,8 @@ from llmtasks.sender.jsontext import dumps, loads
 
 #: Marks a message that only tells Celery an end which the ledger has already.
 DELIVER_HEADER: Final = "llm_deliver"
+#: When ``.delay()`` was called, seconds since 1970: the run's row is younger than the run.
+SENT_HEADER: Final = "llm_sent_at"
 #: Of what ``Context.as_execution_options`` names, the ledger has these in columns of their own.
 _DROPPED_OPTIONS: Final = frozenset({"task_id", "retries", "headers"})
 #: Its stub is older than get_actual_ignore_result.
@@ -25,7 +27,7 @@ def envelope_of_request(request: Any, ignore_result: bool | None) -> str:
         for key, value in request.as_execution_options().items()
         if _says_something(value) and key not in _DROPPED_OPTIONS
     }
-    headers = {key: value for key, value in (request.headers or {}).items() if key != DELIVER_HEADER}
+    headers = {key: value for key, value in (request.headers or {}).items() if key not in {DELIVER_HEADER, SENT_HEADER}}
     where = request.delivery_info or {}
     return dumps(
         {

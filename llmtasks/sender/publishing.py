@@ -96,7 +96,10 @@ def revoke(app: celery.Celery, run_ids: Iterable[str]) -> None:
 
 def celery_state(app: celery.Celery, run_id: str) -> str:
     """The state that Celery's result backend has for an id; PENDING where it knows nothing."""
-    state: str = app.AsyncResult(run_id).state
+    try:
+        state: str = app.AsyncResult(run_id).state
+    except gone(app) as error:
+        raise outage(app, error) from error
     return state
 
 
@@ -190,7 +193,8 @@ def _route(app: celery.Celery, message: Message, envelope: dict[str, Any], task:
         return {"queue": routing_key}  # the anonymous exchange: the key is the queue's name
     if message.queue:
         return {"queue": message.queue}
-    own = {"queue": task.queue} if getattr(task, "queue", None) else {}
+    queue = getattr(getattr(task, "options", None), "queue", None)
+    own = {"queue": queue} if queue else {}
     routed = app.amqp.router.route(
         own, message.func_name, loads(message.args or "[]"), loads(message.kwargs or "{}"), task_type=task
     )

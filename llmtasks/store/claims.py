@@ -32,6 +32,8 @@ class Offer:
     function_slots: int | None
     owner: str
     worker: str
+    #: When the run was sent, where its message says so.
+    created_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,6 @@ def _claim(dialect: str) -> Any:
             "state": RunState.RUNNING,
             "claim_no": literal_column("1"),
             "heartbeat_at": bindparam("now"),
-            "created_at": bindparam("now"),
             "started_at": bindparam("now"),
             "attempt_started_at": bindparam("now"),
             "delivered": False,
@@ -194,6 +195,7 @@ def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -
         silent_since: An owner whose stamp is older than this holds nothing any more.
     """
     values = {name: getattr(offer, name) for name in Offer.__dataclass_fields__}
+    values["created_at"] = offer.created_at or now
     result = tx.execute(_CLAIM[tx.dialect.name], {**values, "now": now, "silent_since": silent_since})
     row = result.mappings().one_or_none()
     if row is None:

@@ -175,7 +175,7 @@ runs: Final = Table(
         postgresql_where=text("NOT delivered"),
     ),
     Index("ix_llmtasks_runs_created", "app", "created_at"),
-    Index("ix_llmtasks_runs_ended", "ended_at"),
+    Index("ix_llmtasks_runs_ended", "app", "ended_at"),
 )
 
 outbox: Final = Table(

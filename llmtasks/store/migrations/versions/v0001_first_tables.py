@@ -94,7 +94,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("llmtasks_runs", schema=None) as batch_op:
         batch_op.create_index("ix_llmtasks_runs_created", ["app", "created_at"], unique=False)
-        batch_op.create_index("ix_llmtasks_runs_ended", ["ended_at"], unique=False)
+        batch_op.create_index("ix_llmtasks_runs_ended", ["app", "ended_at"], unique=False)
         batch_op.create_index(
             "ix_llmtasks_runs_open",
             ["app", "state", "heartbeat_at"],
