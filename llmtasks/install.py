@@ -10,7 +10,7 @@ from typing import Any, Final
 import llmtasks.worker.signals  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from llmtasks.dispatch import station
 from llmtasks.registry import task_registry
-from llmtasks.settings import is_redis, read
+from llmtasks.settings import TaskDefaults, is_redis, read
 from llmtasks.store import runs
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ def _complete(sender: Any, source: Any, **_: object) -> None:
         ours["broker_url"] = settings.broker_url
         if not source.result_backend:
             ours["result_backend"] = settings.result_url
+    if source.get("TASK_CONFIG"):
+        ours["worker_concurrency"] = TaskDefaults.read(source["TASK_CONFIG"]).concurrency
     for settings_in_order in (source.maps, source.defaults):
         settings_in_order.insert(-1, ours)
     if is_redis(str(source.broker_url)):

@@ -58,7 +58,13 @@ def run(context: click.Context, target: str, params: dict[str, Any] | None, wait
     else:
         names = {*task_registry.names(), *(str(item.name) for item in Task.list_sync())}
         near = " or ".join(repr(name) for name in nearest(target, names))
-        hint = f"did you mean {near}?" if near else "`llmtasks schedules` lists the Tasks"
+        hint = (
+            f"did you mean {near}?"
+            if near
+            else (
+                "`llmtasks schedules` lists the Tasks; functions are known from the modules of -A or LLMTASKS_IMPORTS"
+            )
+        )
         raise NotFoundError(f"no Task has the id or name {target!r} and no task function is registered as that; {hint}")
     if not wait:
         if as_json:
