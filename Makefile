@@ -2,7 +2,7 @@
 
 VENV = .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Files that say what has been installed; older than pyproject.toml means again.
 RUN = $(VENV)/.installed-run
 DEV = $(VENV)/.installed-dev
@@ -36,7 +36,7 @@ types: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typing
 	$(BIN)/pyright
-	$(BIN)/pyright tests/typing
+	$(BIN)/pyright -p tests/typing
 
 layers: $(DEV)
 	$(BIN)/lint-imports

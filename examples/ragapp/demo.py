@@ -15,8 +15,7 @@ from typing import Any, Final
 
 from examples.ragapp import documents, tasks
 from examples.ragapp.tasks import INDEX, SETTINGS
-from llmtasks import Task
-from llmtasks.monitor import TaskMonitor
+from llmtasks import Task, TaskMonitor
 from llmtasks.states import ENDED, RunState, ScheduleState
 
 #: What a step waits for must have happened after this many seconds.

@@ -16,9 +16,7 @@ from examples.ragapp.documents import DocumentNotFound, ProcessingError
 from examples.ragapp.index import Document, DocumentStatus, Index
 from examples.ragapp.mail import Account, MailboxError
 from examples.ragapp.report import Report
-from llmtasks import task_registry
-from llmtasks.metrics import track_task_performance
-from llmtasks.monitor import TaskMonitor
+from llmtasks import TaskMonitor, task_registry, track_task_performance
 
 if TYPE_CHECKING:
     from llmtasks import Run
