@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
+from collections.abc import Callable, Coroutine, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal, Unpack, overload
 
 from celery import shared_task
 from celery.utils.functional import head_from_fun
@@ -19,77 +20,23 @@ from llmtasks.errors import (
     UnknownTaskFunctionError,
 )
 from llmtasks.options import TaskOptions
+from llmtasks.registered import (
+    BoundTaskDecorator,
+    P,
+    R,
+    RegisteredAsyncTask,
+    RegisteredTask,
+    RegisterOptions,
+    TaskDecorator,
+)
 from llmtasks.run_task import RunTask, body_of
-from llmtasks.store.runs import Run
-from llmtasks.triggers import Cron
+from llmtasks.triggers import Cron, Interval
 
-if TYPE_CHECKING:
-    from celery.canvas import Signature
-    from celery.result import AsyncResult
-
-P = ParamSpec("P")
-R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
-
-#: on_failure and on_success: (run, error or result), sync or async.
-Callback = Callable[[Any, Any], Any]
-
-
-class _Sendable(Protocol[P, R_co]):
-    """What sending has in common for sync and async functions."""
-
-    name: str
-
-    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R_co]:
-        """Send a run to the broker."""
-        ...
-
-    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R_co]:
-        """Send a run to the broker without blocking the event loop."""
-        ...
-
-    def map_delay(self, items: Iterable[Any]) -> list[AsyncResult[R_co]]:
-        """Send one run for each item: a tuple of arguments, a dict of keyword arguments, or the only argument."""
-        ...
-
-    def apply_async(
-        self, args: Iterable[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> AsyncResult[R_co]:
-        """Send a run with Celery's options; ``priority`` is 1 (first) to 10."""
-        ...
-
-    def s(self, *args: Any, **kwargs: Any) -> Signature[R_co]:
-        """A signature, for Celery's canvas."""
-        ...
-
-    def si(self, *args: Any, **kwargs: Any) -> Signature[R_co]:
-        """An immutable signature, for Celery's canvas."""
-        ...
-
-
-class RegisteredTask(_Sendable[P, R_co], Protocol[P, R_co]):
-    """A Celery task whose signature is the sync function's own."""
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
-        """Run the function's body here, outside the ledger."""
-        ...
-
-
-class RegisteredAsyncTask(_Sendable[P, R_co], Protocol[P, R_co]):
-    """A Celery task whose signature is the async function's own."""
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]:
-        """Run the function's body here, outside the ledger; to be awaited."""
-        ...
-
-
-class TaskDecorator(Protocol):
-    """What ``register(...)`` returns."""
-
-    @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> RegisteredAsyncTask[P, R]: ...
-    @overload
-    def __call__(self, function: Callable[P, R], /) -> RegisteredTask[P, R]: ...
+#: Any instant: only shows whether an interval is one.
+_EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
+#: Celery's functions, which have no types.
+_head_from_fun: Any = head_from_fun
+_shared_task: Any = shared_task
 
 
 class TaskRegistry:
@@ -99,32 +46,32 @@ class TaskRegistry:
         self._functions: dict[str, Callable[..., Any]] = {}
         self._options: dict[str, TaskOptions] = {}
 
+    # A coroutine function is a function too: the overloads overlap, and the first that fits is meant.
     @overload
-    def register(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> RegisteredAsyncTask[P, R]: ...
+    def register(  # pyright: ignore[reportOverlappingOverload]
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> RegisteredAsyncTask[P, R]: ...
     @overload
     def register(self, function: Callable[P, R], /) -> RegisteredTask[P, R]: ...
     @overload
     def register(
         self,
+        /,
         *,
+        bind: Literal[True],
         name: str | None = None,
-        interval_minutes: float | None = None,
-        schedule: str | None = None,
-        timezone: str | None = None,
-        max_retries: int | None = None,
-        retry_delay: float | None = None,
-        retry_backoff: bool = False,
-        timeout: float | None = None,
-        priority: int = ...,
-        max_instances: int | None = None,
-        misfire: str = ...,
-        misfire_grace: float = ...,
-        queue: str | None = None,
-        on_failure: Callable[[Run, Any], Awaitable[Any] | Any] | None = None,
-        on_success: Callable[[Run, Any], Awaitable[Any] | Any] | None = None,
-        redact: Iterable[str] = (),
         config: Mapping[str, Any] | None = None,
-        **celery: Any,
+        **options: Unpack[RegisterOptions],
+    ) -> BoundTaskDecorator: ...
+    @overload
+    def register(
+        self,
+        /,
+        *,
+        bind: Literal[False] = False,
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        **options: Unpack[RegisterOptions],
     ) -> TaskDecorator: ...
 
     def register(
@@ -192,11 +139,13 @@ class TaskRegistry:
         keywords: Mapping[str, Any],
         config: Mapping[str, Any] | None,
     ) -> Any:
-        if not callable(function) or inspect.isclass(function):
-            raise ConfigurationError(f"register({function!r}): expected a function; options are given by keyword")
+        given: object = function
+        if not callable(given) or inspect.isclass(given):
+            raise ConfigurationError(f"register({given!r}): expected a function; options are given by keyword")
         if inspect.isasyncgenfunction(function):
             raise ConfigurationError(
-                f"task function {name_of(function)} is an async generator: nobody would iterate it; collect its items and return them"
+                f"task function {name_of(function)} is an async generator: nobody would iterate it; "
+                "collect its items and return them"
             )
         options = TaskOptions.build(name or function.__name__, keywords, config)
         _check_trigger(options)
@@ -204,7 +153,8 @@ class TaskRegistry:
         known = self._functions.get(options.name)
         if known is not None and name_of(known) != name_of(function):
             raise DuplicateTaskError(
-                f"two functions are registered as {options.name!r}: {name_of(known)} and {name_of(function)}; give one another name"
+                f"two functions are registered as {options.name!r}: {name_of(known)} and {name_of(function)}; "
+                "give one another name"
             )
         self._functions[options.name] = function
         self._options[options.name] = options
@@ -217,27 +167,28 @@ def _celery_task(function: Callable[..., Any], options: TaskOptions) -> Any:
     parameters = tuple(inspect.signature(function).parameters)
     # The tracer runs the wrapper; Celery reads name, module and documentation off it as if it were the function.
     run = functools.wraps(function)(body_of(function))
-    made = shared_task(
+    # At run time this is Celery's Proxy; the protocols say what it can do, with the function's own types.
+    return _shared_task(
         base=RunTask,
         options=options,
         function=staticmethod(function),
         parameters=parameters[1:] if takes_self else parameters,
         takes_self=takes_self,
-        __header__=staticmethod(head_from_fun(function, bound=takes_self)),
+        __header__=staticmethod(_head_from_fun(function, bound=takes_self)),
         **options.celery_options(),
     )(run)
-    # At run time this is Celery's Proxy; the protocols say what it can do, with the function's own types.
-    return cast("Any", made)
 
 
 def _check_trigger(options: TaskOptions) -> None:
     if options.timezone is not None and options.schedule is None:
         raise InvalidOptionError("timezone", options.timezone, "a zone only together with schedule")
-    if options.schedule is not None:
-        try:
+    try:
+        if options.schedule is not None:
             Cron(options.schedule, options.timezone or "UTC")
-        except InvalidTriggerError as error:
-            raise InvalidTriggerError(f"task function {options.name!r}: {error}") from None
+        if options.interval_minutes is not None:
+            Interval(timedelta(minutes=options.interval_minutes), _EPOCH)
+    except (InvalidTriggerError, OverflowError) as error:
+        raise InvalidTriggerError(f"task function {options.name!r}: {error}") from None
 
 
 def _check_redact(function: Callable[..., Any], options: TaskOptions) -> None:
