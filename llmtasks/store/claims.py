@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Text, and_, bindparam, case, func, literal_co
 
 from llmtasks.states import CLAIMABLE, ENDED, RunState
 from llmtasks.store import slots
-from llmtasks.store.rows import DIALECTS, UtcDateTime, insert_into, runs, state_in, values_of
+from llmtasks.store.rows import PerDialect, UtcDateTime, insert_into, runs, state_in, values_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ def _claim(dialect: str) -> Any:
     ).returning(*_RETURNED)
 
 
-_CLAIM: Final = {dialect: _claim(dialect) for dialect in DIALECTS}
+_CLAIM: Final = PerDialect(_claim)
 _OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
 #: Somebody asked to cancel the run: it has no next attempt.
 _GIVEN_UP: Final = and_(

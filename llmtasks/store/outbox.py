@@ -10,7 +10,7 @@ from sqlalchemy import Connection, bindparam, case, delete, literal, select, upd
 
 from llmtasks.message import DELIVER, RUN, Message
 from llmtasks.states import RunState
-from llmtasks.store.rows import DIALECTS, UtcDateTime, insert_into, outbox, runs, values_of
+from llmtasks.store.rows import PerDialect, UtcDateTime, insert_into, outbox, runs, values_of
 
 
 def _put(dialect: str) -> Any:
@@ -32,8 +32,8 @@ def _put_new(dialect: str) -> Any:
     )
 
 
-_PUT_NEW: Final = {dialect: _put_new(dialect) for dialect in DIALECTS}
-_PUT: Final = {dialect: _put(dialect) for dialect in DIALECTS}
+_PUT_NEW: Final = PerDialect(_put_new)
+_PUT: Final = PerDialect(_put)
 _MESSAGE: Final = (
     outbox.c.run_id, outbox.c.kind, outbox.c.app, runs.c.func_name, runs.c.args, runs.c.kwargs, runs.c.envelope,
     runs.c.queue, runs.c.priority, runs.c.attempts, runs.c.replacement, runs.c.schedule_id,

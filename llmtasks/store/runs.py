@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, and_, bindparam, d
 
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.rows import DIALECTS, insert_into, runs, values_of
+from llmtasks.store.rows import PerDialect, insert_into, runs, values_of
 
 #: Live runs and undelivered ends are few; a purge deletes at most this many rows in one transaction.
 PURGE_SLICE: Final = 1_000
@@ -100,7 +100,7 @@ _OPENED: Final = (
 
 _NEW: Final[dict[str, Any]] = {name: bindparam(name) for name in _OPENED}
 #: Leaves an existing row, by id or by instant, as it is.
-_INSERT: Final = {dialect: insert_into(runs, dialect).values(_NEW).on_conflict_do_nothing() for dialect in DIALECTS}
+_INSERT: Final = PerDialect(lambda dialect: insert_into(runs, dialect).values(_NEW).on_conflict_do_nothing())
 
 
 def open_run(tx: Connection, new: NewRun, now: datetime, available_at: datetime | None = None) -> bool:
