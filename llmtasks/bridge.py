@@ -1,8 +1,8 @@
-"""From Celery's sync tracer to a coroutine: on which loop it runs, how it is interrupted, whose ``self.request`` it sees.
+"""From Celery's sync tracer to a coroutine: on which loop it runs, how it is interrupted, whose request it sees.
 
-In a process whose tracer runs in the main thread (prefork, solo) the loop is the main thread's own; it stands still between
-runs and is never closed, so that clients and engines made in one run serve the next. Tracers in other threads (the threads
-pool) share one loop in a thread of its own.
+In a process whose tracer runs in the main thread (prefork, solo) the loop is the main thread's own; it stands still
+between runs and is never closed, so that clients and engines made in one run serve the next. Tracers in other threads
+(the threads pool) share one loop in a thread of its own.
 """
 
 from __future__ import annotations
@@ -151,15 +151,16 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """Call a task function, sync or async, and wait for what it returns.
 
     Args:
-        body: The handle by which others interrupt it; its ``soft_limit`` in seconds is enforced here for coroutines where
-            no signal of the pool does it.
+        body: The handle by which others interrupt it; its ``soft_limit`` in seconds is enforced here for coroutines
+            where no signal of the pool does it.
 
     Raises:
         TypeError: The function is an async generator, or a sync one that returned a coroutine or async iterator.
     """
     if inspect.isasyncgenfunction(function):
         raise TypeError(
-            f"task function {name_of(function)} is an async generator: nobody would iterate it; collect its items and return them"
+            f"task function {name_of(function)} is an async generator: nobody would iterate it; "
+            "collect its items and return them"
         )
     if not inspect.iscoroutinefunction(function):
         value = function(*args, **kwargs)
@@ -238,18 +239,21 @@ def name_of(function: Callable[..., Any]) -> str:
 def identify(stack: Any) -> None:
     """Let a Celery stack (of current tasks, of a task's requests) know coroutines by their tracer.
 
-    A coroutine runs in another context than its tracer, its children in others still, ``to_thread`` in another thread; all of
-    them carry the tracer's identity as a context variable. ``__ident_func__`` is the stack's own, settable hook.
+    A coroutine runs in another context than its tracer, its children in others still, ``to_thread`` in another thread;
+    all of them carry the tracer's identity as a context variable. ``__ident_func__`` is the stack's own, settable hook.
     """
+    settable = stack
     if isinstance(stack, LocalStack):
-        stack.__ident_func__ = _ident
+        settable.__ident_func__ = _ident
 
 
 def _ident() -> Any:
     return _tracer.get() or _get_ident()
 
 
-_get_ident: Final = (
-    _state._task_stack.__ident_func__ if isinstance(_state._task_stack, LocalStack) else threading.get_ident
+#: Celery's stack of current tasks, which its stubs do not know.
+_task_stack: Final[Any] = vars(_state)["_task_stack"]
+_get_ident: Final[Callable[[], Any]] = (
+    _task_stack.__ident_func__ if isinstance(_task_stack, LocalStack) else threading.get_ident
 )
-identify(_state._task_stack)
+identify(_task_stack)
