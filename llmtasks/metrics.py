@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import psutil
-
 from llmtasks.attempt.calling import decorate_later, hold_here, is_task
 from llmtasks.bridge import name_of
 from llmtasks.errors import ConfigurationError
@@ -144,6 +142,8 @@ def resident_peak(*, reset: bool = False) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass  # not Linux, or a sandbox without /proc
+    import psutil  # only where it measures
+
     return int(psutil.Process().memory_info().rss)
 
 

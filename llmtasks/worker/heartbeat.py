@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
-
-import psutil
+from typing import TYPE_CHECKING
 
 from llmtasks.dispatch import Station
 from llmtasks.errors import LLMTasksError
 from llmtasks.holding import BOOT_ID
 from llmtasks.store import processes
 from llmtasks.store.processes import Process
+
+if TYPE_CHECKING:
+    import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,8 @@ class ProcessHeart:
     """Stamps the row of this worker every ``heartbeat`` seconds, in a thread of its own."""
 
     def __init__(self, at: Station, *, name: str, pool: str, concurrency: int) -> None:
+        import psutil  # only where a worker runs
+
         self._at = at
         self._name, self._pool, self._concurrency = name, pool, concurrency
         self._started = at.database.now()
@@ -73,6 +77,8 @@ class ProcessHeart:
 
     def _usage(self) -> tuple[float, int]:
         """CPU percent since the last call and resident bytes, children included."""
+        import psutil
+
         cpu, memory, seen = 0.0, 0, {}
         for process in (self._process, *self._process.children(recursive=True)):
             known = self._cpu_of.get(process.pid, process)
