@@ -1,11 +1,13 @@
 """What keepers write: nothing that was accepted stands still, and nothing is done twice."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
+from sqlalchemy import event, insert, text
 
 from llmtasks.states import RunState
-from llmtasks.store import cancelling, outbox, rescue
+from llmtasks.store import cancelling, outbox, rescue, rows
 from llmtasks.store.database import Database
 from tests.store.rows_of import (
     APP,
@@ -256,3 +258,42 @@ def test_keepers_at_work_together_wait_for_nobody(database: Database) -> None:
     all_at_once(keep, range(5))
 
     assert {state_of(database, run_id) for run_id in ids} <= set(RunState)
+
+
+def test_keepers_do_not_read_what_is_over(database: Database) -> None:
+    """Each look of a keeper goes by the index of open runs, or of what is owed, however long the ledger is."""
+    over = [
+        {
+            "id": f"over{number}", "app": APP, "func_name": "f", "name": "f", "state": "succeeded", "priority": 5,
+            "created_at": NOW, "ended_at": NOW, "delivered": True,
+        }
+        for number in range(20_000)
+    ]  # fmt: skip
+    with database.transaction() as tx:
+        tx.execute(insert(rows.runs), over)
+    if not database.is_sqlite:
+        with database.transaction() as tx:
+            tx.execute(text("ANALYZE llmtasks_runs"))
+    seen: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("SELECT"):
+            seen.append((statement, parameters))
+
+    with database.transaction() as tx:
+        event.listen(tx, "before_cursor_execute", note)
+        rescue.lose_silent(tx, APP, NOW, NOW, "{}")
+        rescue.start_retries(tx, APP, NOW)
+        rescue.promote(tx, APP, NOW)
+        rescue.send_ends(tx, APP, NOW, NOW)
+        rescue.queued_long(tx, APP, NOW)
+        rescue.next_due(tx, APP)
+        outbox.take_due(tx, APP, NOW, NOW, 10)
+        event.remove(tx, "before_cursor_execute", note)
+
+        assert len(seen) == 7
+        for statement, parameters in seen:
+            explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN "
+            plan = "\n".join(str(line) for line in tx.exec_driver_sql(explain + statement, parameters))
+            assert "SCAN" not in plan, statement + plan
+            assert "Seq Scan on llmtasks_runs" not in plan, statement + plan
