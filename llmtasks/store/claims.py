@@ -10,7 +10,8 @@ from sqlalchemy import Connection, Text, and_, bindparam, case, func, literal_co
 
 from llmtasks.states import CLAIMABLE, ENDED, RunState
 from llmtasks.store import slots
-from llmtasks.store.rows import PerDialect, UtcDateTime, insert_into, runs, state_in, values_of
+from llmtasks.store.prepared import Prepared
+from llmtasks.store.rows import UtcDateTime, insert_into, runs, state_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ def _claim(dialect: str) -> Any:
     ).returning(*_RETURNED)
 
 
-_CLAIM: Final = PerDialect(_claim)
+_CLAIM: Final = Prepared(_claim, _RETURNED)
 _OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
 #: Somebody asked to cancel the run: it has no next attempt.
 _GIVEN_UP: Final = and_(
@@ -158,7 +159,7 @@ _WAIT: Final = (
         ended_at=bindparam("at"), delivered=bindparam("told"),
     )
 )  # fmt: skip
-_END: Final = (
+_ENDING: Final = (
     update(runs)
     .where(_OURS, runs.c.state == RunState.RUNNING)
     .values(
@@ -186,6 +187,7 @@ _END: Final = (
         replacement=bindparam("instead", type_=Text()),
     )
 )
+_END: Final = Prepared(lambda _dialect: _ENDING)
 
 
 def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -> Claim | None:
@@ -196,11 +198,11 @@ def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -
     """
     values = {name: getattr(offer, name) for name in Offer.__dataclass_fields__}
     values["created_at"] = offer.created_at or now
-    result = tx.execute(_CLAIM[tx.dialect.name], {**values, "now": now, "silent_since": silent_since})
-    row = result.mappings().one_or_none()
+    values |= {"now": now, "silent_since": silent_since}
+    row = _CLAIM.one(tx, values)
     if row is None:
         return None
-    found = values_of(row)
+    found = dict(zip(Claim.__dataclass_fields__, row, strict=True))
     found["state"] = RunState(found["state"])
     return Claim(**found)
 
@@ -265,7 +267,7 @@ def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, li
         "new_kwargs": how.kwargs,
         "instead": how.replacement,
     }
-    if tx.execute(_END, values).rowcount != 1:
+    if _END.count(tx, values) != 1:
         return False, []
     if claim.function_slots is None and claim.schedule_slots is None:
         return True, []
