@@ -72,7 +72,10 @@ def measure(options: argparse.Namespace) -> Report:
     parts = [name for name in found[0] if name != "ready"]
     return Report(
         name="dev",
-        about=f"`llmtasks dev` (broker, worker, beat, Flower) in an empty home, {rounds} times; medians, from the command's start.",
+        about=(
+            f"`llmtasks dev` (broker, worker, beat, Flower) in an empty home, {rounds} times; medians, from the command's "
+            "start."
+        ),
         figures=[
             *(Figure(name=f"{name} is up", value=median(item[name] for item in found), unit="s") for name in parts),
             below(8, "ready", median(ready), "s", spread(ready, 1)),

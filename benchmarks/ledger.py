@@ -19,8 +19,8 @@ from llmtasks.bridge import Body
 from llmtasks.states import RunState
 from llmtasks.store import claims, held
 from llmtasks.store.claims import End, Offer
-from llmtasks.store.held import Delivered
 from llmtasks.store.database import Database
+from llmtasks.store.held import Delivered
 from llmtasks.store.rows import runs
 from tests.processes import Project
 from tests.waiting import wait_until
@@ -28,7 +28,7 @@ from tests.waiting import wait_until
 #: Task functions with the same empty body, and what each of them is.
 KINDS = {
     "plain": "plain shared_task",
-    "plain_alike": "shared_task, acks_late and time limits as registered functions have them",
+    "plain_alike": "the same with acks_late and time limits",
     "recorded": "registered, sync",
     "recorded_async": "registered, async",
 }
@@ -142,8 +142,8 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(
         name="ledger",
         about=(
-            f"One `celery worker -P prefork -c 1`, results on, events on: {rounds} alternating rounds of {count:,} runs with an "
-            "empty body, CPU of its main process and its child. Medians; a difference is that of the two in the same round."
+            f"One `celery worker -P prefork -c 1`, results and events on: {rounds} alternating rounds of {count:,} runs "
+            "with an empty body, CPU of its main process and its child. Medians; a difference is that of two in one round."
         ),
         figures=figures,
     )
@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace) -> Report:
 def figures_of(kind: str, costs: dict[str, list[float]], idle: float, store: list[tuple[float, float]]) -> list[Figure]:
     """What one database says."""
     found = [
-        Figure(name=f"{kind}: worker CPU a run, {what}", value=median(costs[name]), unit="us", beside=spread(costs[name]))
+        Figure(name=f"{kind}: CPU a run, {what}", value=median(costs[name]), unit="us", beside=spread(costs[name]))
         for name, what in KINDS.items()
     ]  # fmt: skip
     differences = [recorded - plain for recorded, plain in zip(costs["recorded"], costs["plain"], strict=True)]

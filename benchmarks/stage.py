@@ -52,7 +52,9 @@ def plain_alike(value=None):
 def project(database: str = "sqlite") -> Iterator[Project]:
     """A project whose database is migrated and whose broker is a Valkey server on a unix socket."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtasks-benchmark-")))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtasks-benchmark-", ignore_cleanup_errors=True))
+        )
         broker = stack.enter_context(valkey(folder / "valkey", unix=True))
         if database == "sqlite":
             url = f"sqlite:///{folder / 'llmtasks.db'}"

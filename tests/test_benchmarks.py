@@ -1,0 +1,62 @@
+"""The benchmarks run, at a tiny size; what they measure is asserted nowhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import BENCHMARKS
+
+REPOSITORY = Path(__file__).parents[1]
+#: Options that make one small.
+TINY = {
+    "beat": ["--schedules", "200", "--due", "5", "--seconds", "1"],
+    "dev": [],
+    "imports": ["--rounds", "1"],
+    "ledger": ["--runs", "10", "--rounds", "1"],
+    "publish": ["--messages", "10", "--rounds", "1"],
+}
+
+pytestmark = [pytest.mark.redis, pytest.mark.slow]
+
+
+def benchmark(name: str, *arguments: str) -> dict[str, object]:
+    """What a benchmark reports."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", *TINY[name], *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["machine"]["cpu"]
+    (report,) = said["reports"]
+    return report
+
+
+def check(report: dict[str, object], name: str) -> None:
+    assert report["name"] == name
+    figures = report["figures"]
+    assert isinstance(figures, list)
+    assert figures
+    assert all(item["name"] and isinstance(item["value"], int | float) for item in figures)
+
+
+@pytest.mark.parametrize("name", ["dev", "imports", "publish"])
+def test_benchmark_reports_its_figures(name: str) -> None:
+    """Each of these measures something and says it."""
+    check(benchmark(name), name)
+
+
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+@pytest.mark.parametrize("name", ["beat", "ledger"])
+def test_benchmark_reports_its_figures_for_a_database(name: str, database: str) -> None:
+    """These measure one database after the other."""
+    report = benchmark(name, "--database", database)
+
+    check(report, name)
+    assert database in json.dumps(report["figures"])
+
+
+def test_every_benchmark_is_tried() -> None:
+    """A new benchmark is to be in the table above."""
+    assert set(TINY) == set(BENCHMARKS)
