@@ -104,11 +104,11 @@ class ScheduleBeat(Scheduler):
         Celery calls this twice: at once from the signal's handler, which may have interrupted a transaction of a tick,
         and again when the tick was left.
         """
-        keeper = self._keeper
-        if self._ticking or keeper is None:
+        if self._ticking or self._declared is None:
             return
-        self._keeper = None
-        keeper.stop()
+        keeper, self._keeper, self._declared = self._keeper, None, None
+        if keeper is not None:
+            keeper.stop()
         try:
             with self._at.database.transaction() as tx:
                 processes.leave(tx, self._id)
