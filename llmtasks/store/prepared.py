@@ -20,23 +20,18 @@ class _Compiled:
     """A statement as the driver takes it."""
 
     sql: str
-    #: For each parameter its name, the value that the statement itself has for it, and how a value is converted.
-    parameters: Sequence[tuple[str, Any, Convert | None]]
-    positional: bool
+    #: For each name the value that the statement itself has for it, and how a value is converted.
+    own: Mapping[str, tuple[Any, Convert | None]]
+    #: The names in the driver's order where it counts its parameters; None where it names them.
+    order: Sequence[str] | None
 
     def bound(self, values: Mapping[str, Any]) -> Any:
         """Values as the driver takes them."""
-        if self.positional:
-            return tuple(
-                [
-                    values.get(name, own) if convert is None else convert(values.get(name, own))
-                    for name, own, convert in self.parameters
-                ]
-            )
-        return {
+        given = {
             name: values.get(name, own) if convert is None else convert(values.get(name, own))
-            for name, own, convert in self.parameters
+            for name, (own, convert) in self.own.items()
         }
+        return given if self.order is None else [given[name] for name in self.order]
 
 
 class Prepared:
@@ -81,13 +76,11 @@ class Prepared:
 def _compile(statement: Any, dialect: Dialect) -> _Compiled:
     compiled = statement.compile(dialect=dialect)
     types = {name: bind.type for bind, name in compiled.bind_names.items()}
-    own = compiled.params
-    names = compiled.positiontup if compiled.positional else list(types)
-    return _Compiled(
-        sql=str(compiled),
-        parameters=[(name, own[name], types[name].dialect_impl(dialect).bind_processor(dialect)) for name in names],
-        positional=compiled.positional,
-    )
+    own = {
+        name: (compiled.params[name], kind.dialect_impl(dialect).bind_processor(dialect))
+        for name, kind in types.items()
+    }
+    return _Compiled(sql=str(compiled), own=own, order=compiled.positiontup if compiled.positional else None)
 
 
 def _converts(returning: Sequence[Column[Any]], dialect: Dialect, cursor: Any) -> list[Convert | None]:
