@@ -73,8 +73,8 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(
         name="dev",
         about=(
-            f"`llmtasks dev` (broker, worker, beat, Flower) in an empty home, {rounds} times; medians, from the command's "
-            "start."
+            f"`llmtasks dev` (broker, worker, beat, Flower) in an empty home, {rounds} times; medians, "
+            "from the start of the command."
         ),
         figures=[
             *(Figure(name=f"{name} is up", value=median(item[name] for item in found), unit="s") for name in parts),

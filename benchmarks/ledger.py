@@ -142,8 +142,8 @@ def measure(options: argparse.Namespace) -> Report:
     return Report(
         name="ledger",
         about=(
-            f"One `celery worker -P prefork -c 1`, results and events on: {rounds} alternating rounds of {count:,} runs "
-            "with an empty body, CPU of its main process and its child. Medians; a difference is that of two in one round."
+            f"One `celery worker -P prefork -c 1`, results and events on: {rounds} alternating rounds of {count:,} "
+            "runs with an empty body; CPU of main process and child. Medians; differences are those of one round."
         ),
         figures=figures,
     )
