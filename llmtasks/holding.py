@@ -132,6 +132,26 @@ class Holdings:
         with self._lock:
             hold.calling = calling
 
+    def give_up(self, why: str, patience: float) -> list[Hold]:
+        """Stop what runs in this process; from now on its ends count for nothing.
+
+        Args:
+            why: What coroutines are told.
+            patience: Seconds that coroutines get to tidy up.
+
+        Returns:
+            The runs that were held. Those that still are ``calling`` did not stop.
+        """
+        with self._lock:
+            held_now = [hold for hold in self._held.values() if not hold.lost]
+            for hold in held_now:
+                hold.lost = True
+            stopping = [hold for hold in held_now if hold.calling and hold.body.interrupt(NotYours(why))]
+        deadline = time.monotonic() + patience
+        while any(hold.calling for hold in stopping) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return held_now
+
     def flush(self) -> None:
         """Write down which ends were delivered."""
         with self._lock:

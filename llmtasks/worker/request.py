@@ -103,6 +103,13 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
         self._already_revoked = True
         relay(at, [self.id])
 
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """A cold shutdown, or a broker that went away: end what runs where the pool can, and release the run."""
+        try:
+            super().cancel(pool, signal, emit_retry)
+        except NotImplementedError:  # a thread ends with its process
+            self._announce_cancelled(emit_retry=False)
+
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         """Cold shutdown or a broker gone: this worker ends the child. The run is released and nothing is counted."""
         at = self._station

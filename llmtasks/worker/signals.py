@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
 from typing import Any
 
 from celery import signals
@@ -17,6 +14,7 @@ from llmtasks.keeper import Keeper
 from llmtasks.run_task import RunTask
 from llmtasks.sender import missing_socket_advice
 from llmtasks.worker.heartbeat import ProcessHeart
+from llmtasks.worker.shutdown import Grace
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +24,7 @@ class _Worker:
 
     keeper: Keeper | None = None
     heart: ProcessHeart | None = None
-    grace: threading.Timer | None = None
+    grace: Grace | None = None
 
 
 _worker = _Worker()
@@ -51,17 +49,14 @@ def start_keeping(sender: Any, **_: object) -> None:
         at, name=sender.hostname, pool=type(pool).__module__.rpartition(".")[2], concurrency=pool.num_processes
     )
     _worker.heart.start()
+    _worker.grace = Grace(sender, stop_keeping)
 
 
 @signals.worker_shutting_down.connect
 def bound_shutdown(sig: str, how: str, **_: object) -> None:
     """A warm shutdown waits for running runs, but not for ever: then they are put back, uncounted."""
-    if how != "Warm" or _worker.keeper is None or _worker.grace is not None:
-        return
-    seconds = station().settings.shutdown_grace
-    _worker.grace = threading.Timer(seconds, _end_shutdown, args=(seconds,))
-    _worker.grace.daemon = True
-    _worker.grace.start()
+    if how == "Warm" and _worker.grace is not None:
+        _worker.grace.begin()
 
 
 @signals.worker_shutdown.connect
@@ -86,8 +81,3 @@ def let_go(task: Any, **_: object) -> None:
     """The tracer lets go of a request."""
     if isinstance(task, RunTask):
         attempt.let_go(task)
-
-
-def _end_shutdown(seconds: float) -> None:
-    logger.warning("runs still go on %s s after the shutdown began: they are put back for another worker", seconds)
-    os.kill(os.getpid(), signal.SIGQUIT)  # Celery's cold shutdown cancels what runs and gives it back
