@@ -30,12 +30,14 @@ imports = ["llmtasks.install", *filter(None, os.environ.get("LLMTASKS_IMPORTS", 
 
 beat_scheduler = "llmtasks"
 worker_concurrency = TaskDefaults.read(TASK_CONFIG).concurrency
+worker_consumer = "llmtasks.worker.consumer:RunConsumer"
 worker_pool = os.environ.get("LLMTASKS_POOL", "prefork")
 worker_prefetch_multiplier = 1
 worker_send_task_events = True
 task_send_sent_event = True
 task_queue_max_priority = 9
 broker_connection_retry_on_startup = True
+broker_connection_max_retries = None
 broker_transport_options = {
     "priority_steps": list(range(10)),
     "queue_order_strategy": "priority",

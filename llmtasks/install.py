@@ -20,12 +20,14 @@ VISIBILITY_TIMEOUT: Final = 43_200
 #: Settings that installing gives an app where it has none of its own.
 DEFAULTS: Final[dict[str, Any]] = {
     "beat_scheduler": "llmtasks",
+    "broker_connection_max_retries": None,
     "broker_connection_retry_on_startup": True,
     "result_backend_transport_options": {
         "retry_policy": {"max_retries": 3, "interval_start": 0, "interval_step": 0.5, "interval_max": 1}
     },
     "task_queue_max_priority": 9,
     "task_send_sent_event": True,
+    "worker_consumer": "llmtasks.worker.consumer:RunConsumer",
     "worker_prefetch_multiplier": 1,
     "worker_send_task_events": True,
 }

@@ -1,0 +1,66 @@
+"""The consumer that outlives its broker: Celery's own, with what it lacks where the broker goes away."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any, Final
+
+from celery.exceptions import CPendingDeprecationWarning
+from celery.worker.consumer import Consumer
+from celery.worker.state import maybe_shutdown
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two tries to reach the broker. Celery's own grow to 30 s, longer than most outages.
+RETRY_EVERY: Final = 1.0
+
+
+class RunConsumer(Consumer):
+    """Celery's consumer. ``worker_consumer`` names it."""
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Reach the broker, however long that takes; say once that it is away. Whether to retry is Celery's setting."""
+        conf: Any = self.app.conf
+        at_start, later = conf.broker_connection_retry_on_startup, conf.broker_connection_retry
+        if not (at_start if self.first_connection_attempt and at_start is not None else later):
+            return super().ensure_connected(conn)
+        said = False
+
+        def say(error: Exception, _interval: float) -> None:
+            nonlocal said
+            if not said:
+                logger.error("cannot connect to %s, tried again every second: %s", conn.as_uri(), error)
+            said = True
+
+        conn = conn.ensure_connection(
+            say,
+            conf.broker_connection_max_retries,
+            interval_start=RETRY_EVERY,
+            interval_step=0,
+            interval_max=RETRY_EVERY,
+            callback=maybe_shutdown,
+        )
+        self.first_connection_attempt = False
+        return conn
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Leave what is fetched and not acknowledged where it is, and let it be acknowledged later.
+
+        Celery closes the connection twice here (consumer.py:472 and :484), and kombu's channel returns those messages
+        or acknowledges them without the address of its server: the AttributeError of either ends the worker. It meets
+        whoever runs something with ``acks_late``. What runs goes on, and the same channel acknowledges it when the
+        server is back: Redis does not mind through which connection.
+        """
+        channel: Any = getattr(getattr(self, "task_consumer", None), "channel", None)
+        quality: Any = getattr(channel, "qos", None)
+        if not hasattr(quality, "restore_at_shutdown"):  # not one of kombu's own transports
+            super().on_connection_error_after_connected(exc)
+            return
+        transport, client = channel.connection, channel.connection.client
+        quality.restore_at_shutdown = False
+        with warnings.catch_warnings():
+            # "These tasks cannot be acknowledged": here they can.
+            warnings.simplefilter("ignore", CPendingDeprecationWarning)
+            super().on_connection_error_after_connected(exc)
+        channel.connection, transport.client = transport, client
