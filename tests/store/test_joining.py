@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from llmtasks import Task, task_registry
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
-from llmtasks.store.database import Database
+from llmtasks.store.database import Database, database_at
 from llmtasks.store.joining import joined
 
 FUNCTION = "tests.joining.sync_emails"
@@ -39,6 +39,7 @@ def app(database: Database, database_url: str) -> Iterator[celery.Celery]:
     del task_registry._functions[FUNCTION], task_registry._options[FUNCTION]
     before.set_current()
     app.close()
+    database_at(database_url).close()
 
 
 def new_task() -> Task:
