@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from celery.beat import Scheduler
 
 from llmtasks.beat import sync, tick
+from llmtasks.beat.interrupts import undisturbed
 from llmtasks.dispatch import Station, publish, station
 from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, LLMTasksError
 from llmtasks.keeper import Keeper
@@ -52,7 +53,6 @@ class ScheduleBeat(Scheduler):
         self._declared: tuple[str, ...] | None = None
         self._keeper: Keeper | None = None
         self._away: str | None = None
-        self._ticking = False
         self._stamped_at = self._swept_at = -REMOVED_EVERY
         self._started_at: datetime | None = None
         self._process: psutil.Process | None = None
@@ -75,36 +75,15 @@ class ScheduleBeat(Scheduler):
 
     def tick(self, *_args: Any, **_kwargs: Any) -> float:
         """Fire what is due; returns the seconds to sleep. Never raises: that would end beat."""
-        self._ticking = True
-        try:
-            pause = self._tick(self._at)
-        except BrokerUnavailableError as error:
-            # What was claimed is in the outbox; claiming goes on, and a keeper sends when the broker is back.
-            self._say(logging.WARNING, NO_BROKER, error)
-            return POLL
-        except DatabaseUnavailableError as error:
-            self._say(logging.WARNING, NO_DATABASE, error)
-            return AWAY_PAUSE
-        except LLMTasksError as error:
-            self._say(logging.ERROR, NO_WAY, error)
-            return AWAY_PAUSE
-        except Exception:
-            logger.exception("a tick failed; beat goes on")
-            return AWAY_PAUSE
-        finally:
-            self._ticking = False
-        return min(pause, float(self.max_interval))
+        with undisturbed():
+            return self._outcome()
 
     def sync(self) -> None:
         """Nothing is kept in memory that would have to be written."""
 
     def close(self) -> None:
-        """Beat ends in order.
-
-        Celery calls this twice: at once from the signal's handler, which may have interrupted a transaction of a tick,
-        and again when the tick was left.
-        """
-        if self._ticking or self._declared is None:
+        """Beat ends in order. Celery calls this in the signal's handler, and once more when beat's loop was left."""
+        if self._declared is None:
             return
         keeper, self._keeper, self._declared = self._keeper, None, None
         if keeper is not None:
@@ -121,6 +100,22 @@ class ScheduleBeat(Scheduler):
     def _at(self) -> Station:
         return station(self.app)
 
+    def _outcome(self) -> float:
+        """The seconds to sleep after a tick, whatever it met."""
+        try:
+            return self._tick(self._at)
+        except BrokerUnavailableError as error:
+            # What was claimed is in the outbox; claiming goes on, and a keeper sends when the broker is back.
+            self._say(logging.WARNING, NO_BROKER, error)
+            return POLL
+        except DatabaseUnavailableError as error:
+            self._say(logging.WARNING, NO_DATABASE, error)
+        except LLMTasksError as error:
+            self._say(logging.ERROR, NO_WAY, error)
+        except Exception:
+            logger.exception("a tick failed; beat goes on")
+        return AWAY_PAUSE
+
     def _tick(self, at: Station) -> float:
         if self._keeper is None:
             self._begin(at)
@@ -133,10 +128,10 @@ class ScheduleBeat(Scheduler):
             self._away = None
         if claimed.count >= tick.BATCH:
             return 0.0
-        # Due and not claimed: somebody else has the row locked.
-        return (
-            claimed.pause(at.database.now()) if claimed.count else max(claimed.pause(at.database.now()), LOCKED_PAUSE)
-        )
+        pause = claimed.pause(at.database.now())
+        if not claimed.count:  # due and not claimed: somebody else has the row locked
+            pause = max(pause, LOCKED_PAUSE)
+        return min(pause, float(self.max_interval))
 
     def _begin(self, at: Station) -> None:
         """Say what this beat declares, then write it: other beats complete what nobody declares."""
