@@ -27,11 +27,15 @@ def handlers() -> Iterator[None]:
 
 def test_a_signal_waits_until_the_block_is_left() -> None:
     """The block runs to its end, then the usual handler is called."""
-    done = []
+    done: list[str] = []
 
-    with pytest.raises(SystemExit) as ended, undisturbed():
-        signal.raise_signal(signal.SIGTERM)
-        done.append("to the end")
+    def tick() -> None:
+        with undisturbed():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("to the end")
+
+    with pytest.raises(SystemExit) as ended:
+        tick()
 
     assert done == ["to the end"]
     assert ended.value.code == signal.SIGTERM
@@ -39,12 +43,16 @@ def test_a_signal_waits_until_the_block_is_left() -> None:
 
 def test_a_second_signal_passes_at_once() -> None:
     """Whoever presses Ctrl-C twice is not kept waiting."""
-    done = []
+    done: list[str] = []
 
-    with pytest.raises(SystemExit), undisturbed():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        done.append("not reached")
+    def tick() -> None:
+        with undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("not reached")
+
+    with pytest.raises(SystemExit):
+        tick()
 
     assert done == []
 
