@@ -21,7 +21,7 @@ run: $(RUN)
 	LLMTASKS_IMPORTS=examples.ragapp.tasks $(BIN)/llmtasks dev --procfile examples/ragapp/Procfile
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-pythons:
 	@sh .ci/test-pythons

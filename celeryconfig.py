@@ -1,11 +1,9 @@
 """Celery's settings, from the environment: plain `celery worker`, `celery beat` and `celery flower` find them here."""
 
 import os
-from pathlib import Path
 
 from llmtasks.settings import TaskDefaults, read
 
-os.environ.setdefault("LLMTASKS_HOME", str(Path(__file__).absolute().parent / ".llmtasks"))
 _settings = read()
 
 # What every task function gets where its registration says nothing.
