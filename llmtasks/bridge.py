@@ -70,6 +70,12 @@ class Body:
             self.exceeded = True
             self.interrupt(TimeIsUp(self.soft_limit))
 
+    def is_overdue(self) -> bool:
+        """Whether a sync body passed its soft limit and was not told; coroutines have a timer of their own."""
+        if self.is_async or self.exceeded or self.soft_limit is None:
+            return False
+        return time.monotonic() - self.started > self.soft_limit
+
     def attach(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
         """The coroutine runs as this task."""
         self._loop, self._task = loop, task

@@ -174,6 +174,7 @@ class Holdings:
                 stations = {hold.station for hold in self._held.values()}
             patience = min((at.settings.cancel_poll for at in stations), default=0.5)
             time.sleep(patience)
+            self._tell_overdue()
             try:
                 self.flush()
                 due = {at for at in stations if time.monotonic() - stamped >= at.settings.heartbeat}
@@ -192,6 +193,13 @@ class Holdings:
                 away = True
             except Exception:
                 logger.exception("the heartbeat failed and goes on")
+
+    def _tell_overdue(self) -> None:
+        """Signal a passed soft limit again: the pool's own signal may have come before the function ran."""
+        with self._lock:
+            overdue = any(hold.calling and hold.body.is_overdue() for hold in self._held.values())
+        if overdue and in_pool_child():
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     def _stamp(self, at: Station) -> None:
         """Stamp what is held; stop what is no longer ours."""

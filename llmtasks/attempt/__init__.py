@@ -11,7 +11,7 @@ from typing import Any
 
 from celery.exceptions import Ignore, Reject, Retry
 
-from llmtasks.attempt.calling import call, call_body, current
+from llmtasks.attempt.calling import call, call_body, current, install_soft_limit
 from llmtasks.attempt.claiming import claim_run, name_links
 from llmtasks.attempt.finishing import again, failed, finish, line_of, replaced, succeeded
 from llmtasks.attempt.telling import after_return, let_go, replay, tell_cancelled
@@ -36,6 +36,7 @@ def run_attempt(task: Any, options: TaskOptions, args: tuple[Any, ...], kwargs: 
     request._protected = 1  # trace.py:882: a nested call of the same task pushes a request of its own
     name_links(request)
     current.inside = True
+    install_soft_limit()
     try:
         hold = claim_run(task, options)
         request.llm_hold = hold

@@ -32,7 +32,6 @@ current: Final = _Current()
 
 def call(task: Any, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the function; only in here may a soft limit or a cancellation interrupt."""
-    install_soft_limit()
     current.hold = hold
     holdings.set_calling(hold, True)
     hold.body.started = time.monotonic()
@@ -105,8 +104,11 @@ def _on_soft_limit(_signum: int, _frame: FrameType | None) -> None:
             return  # claiming or finishing: the function is not running
         raise SoftTimeLimitExceeded  # a task that is not ours
     if body.soft_limit is not None and time.monotonic() - body.started < body.soft_limit * 0.9:
-        return  # meant for the run before this one
+        return  # meant for the run before this one, or counted from the message: the heart sends it again in time
     if not body.is_async:
+        if body.exceeded:
+            return  # it was told
+        body.exceeded = True
         raise SoftTimeLimitExceeded(body.soft_limit)
     if body.is_current() and not body.exceeded:
         body.exceeded = True  # its own code blocks the loop: nothing but this can interrupt it

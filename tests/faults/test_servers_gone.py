@@ -1,11 +1,13 @@
 """Broker and database away for some seconds: every process lives, says so shortly, and goes on by itself."""
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
 
 from llmtasks import Task
 from llmtasks.states import RunState
@@ -17,6 +19,7 @@ from tests.waiting import wait_until
 
 TASKS = """
     import asyncio
+    import time
 
     from llmtasks import task_registry
     from tests.notebook import gate, note
@@ -27,6 +30,12 @@ TASKS = """
         note(name)
         await gate(name)
         return "done"
+
+
+    @task_registry.register(name="works", timeout=0.6, max_retries=0)
+    def works(name):
+        note(name)
+        time.sleep(60)
 
 
     @task_registry.register(name="tick", interval_minutes=0.5 / 60, max_retries=0)
@@ -168,6 +177,32 @@ def test_locked_sqlite_only_delays(project: Project) -> None:
     assert (run.attempts, run.losses) == (1, 0)
     assert ledger.notes_now("locked") == [""]
     assert worker.running
+
+
+def test_limit_that_passes_before_the_function_runs_counts_from_its_start(project: Project) -> None:
+    """The pool's signal comes while the claim waits for the ledger: the function still gets its time, and no more."""
+    import sqlite3
+
+    worker = project.worker()
+    ledger = Ledger(project)
+    tasks: Any = project.app.tasks
+    assert ledger.all() == []
+
+    with contextlib.closing(sqlite3.connect(project.database_url.removeprefix("sqlite:///"))) as other:
+        other.isolation_level = None
+        other.execute("BEGIN IMMEDIATE")
+        result = tasks["works"].delay("late")
+        worker.wait_for_log("Soft time limit (0.6s) exceeded")
+        assert ledger.notes_now("late") == []
+        other.execute("ROLLBACK")
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        result.get(timeout=25)
+    run = ledger.ends(result.id)
+    assert (run.state, run.attempts) == (RunState.FAILED, 1)
+    assert run.run_seconds is not None
+    assert run.run_seconds >= 0.5
+    assert ledger.notes_now("late") == [""]
 
 
 def test_frozen_broker_does_not_stop_the_ledger(project: Project) -> None:
