@@ -77,7 +77,7 @@ def test_run_of_a_killed_worker_is_run_again(start_worker: Start, tasks: Any, le
     victim = start_worker()
     result = tasks["passes"].delay("again", 1)
     ledger.notes("again", 1)
-    start_worker()
+    rescuer = start_worker()
 
     victim.kill()
 
@@ -85,7 +85,7 @@ def test_run_of_a_killed_worker_is_run_again(start_worker: Start, tasks: Any, le
     ledger.open_gate("again")
     assert result.get(timeout=60) == 2
     run = ledger.ends(result.id)
-    assert (run.state, run.attempts, run.losses, run.worker) == (RunState.SUCCEEDED, 2, 1, "worker-2@test")
+    assert (run.state, run.attempts, run.losses, run.worker) == (RunState.SUCCEEDED, 2, 1, f"{rescuer.name}@test")
 
 
 def test_run_of_a_killed_child_is_run_again_at_once(start_worker: Start, tasks: Any, ledger: Ledger) -> None:

@@ -85,10 +85,10 @@ TASKS = """
 
 
     @task_registry.register(name="slow_at_first", timeout=0.7, max_retries=1, retry_delay=0)
-    async def slow_at_first():
-        note("slow_at_first")
-        if len(notes("slow_at_first")) == 1:
-            await asyncio.sleep(60)
+    async def slow_at_first(name, seconds=60):
+        note(name)
+        if len(notes(name)) == 1:
+            await asyncio.sleep(seconds)
         return "quick now"
 
 
@@ -188,7 +188,7 @@ def test_function_may_answer_when_its_time_is_up(tasks: Any, ledger: Ledger) -> 
 
 def test_timeout_counts_as_a_failed_attempt(tasks: Any, ledger: Ledger) -> None:
     """A run that was too slow once is tried again."""
-    result = tasks["slow_at_first"].delay()
+    result = tasks["slow_at_first"].delay("slow at first")
 
     assert result.get(timeout=60) == "quick now"
     assert ledger.ends(result.id).attempts == 2
@@ -223,10 +223,10 @@ def test_coroutine_that_swallows_its_limit_is_ended_by_force(tasks: Any, ledger:
 
 def test_limits_of_one_message_win(tasks: Any, ledger: Ledger) -> None:
     """apply_async(soft_time_limit=) is in force for that run."""
-    result = tasks["slow_at_first"].apply_async(soft_time_limit=30, time_limit=60)
-    ledger.notes("slow_at_first", 1)
+    result = tasks["slow_at_first"].apply_async(("patient", 1.5), soft_time_limit=30, time_limit=60)
 
     assert result.get(timeout=60) == "quick now"
+    assert ledger.ends(result.id).attempts == 1
 
 
 def test_task_with_a_timeout_of_its_own_overrides_the_function(tasks: Any, ledger: Ledger) -> None:
