@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -168,11 +168,12 @@ class Project:
 
 
 @contextlib.contextmanager
-def app_in_this_process(folder: Path, environ: Mapping[str, str]) -> Iterator[Celery]:
+def app_in_this_process(folder: Path, environ: Mapping[str, str], *modules: str) -> Iterator[Celery]:
     """Be a process of a project for a while: its directory, its environment, its default Celery app, its task modules.
 
     All of it is taken back at the end, and so is what the project's modules registered with Celery and llmtasks, so
-    that the next test may register functions of the same names.
+    that the next test may register functions of the same names. What test modules registered when they were imported
+    is hidden meanwhile, but for that of ``modules``.
     """
     state: Any = celery._state
     saved = state.default_app, state._tls.current_app, state._apps, Path.cwd(), list(sys.path), dict(os.environ)
@@ -183,6 +184,7 @@ def app_in_this_process(folder: Path, environ: Mapping[str, str]) -> Iterator[Ce
     importlib.invalidate_caches()
     state.default_app = state._tls.current_app = None
     state._apps = weakref.WeakSet()  # a shared task goes to all apps alive, and other tests' apps may know its name
+    show = _hide_registrations(modules)
     app: Celery = state.get_current_app()
     try:
         app.loader.import_default_modules()
@@ -195,6 +197,38 @@ def app_in_this_process(folder: Path, environ: Mapping[str, str]) -> Iterator[Ce
         os.environ.clear()
         os.environ.update(environment)
         _forget_modules(folder)
+        show()
+
+
+def _hide_registrations(shown: tuple[str, ...]) -> Callable[[], None]:
+    """Hide what other test modules registered when they were imported; returns what shows it again."""
+    finalizers: set[Any] = cast("Any", celery._state)._on_app_finalizers
+    hidden = {callback for callback in finalizers if not _is_from(callback, shown)}
+    finalizers -= hidden
+    registered = sys.modules.get("llmtasks.registry")
+    taken: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    if registered is not None:
+        registry = registered.task_registry
+        modules = {name: registry.function(name).__module__ for name in registry.names()}
+        foreign = [
+            name for name, module in modules.items() if module not in shown and not module.startswith("llmtasks.")
+        ]
+        for known in (registry._functions, registry._options):
+            taken.append((known, {name: known.pop(name) for name in foreign}))  # noqa: PERF401
+
+    def show() -> None:
+        finalizers.update(hidden)
+        for known, items in taken:
+            known.update(items)
+
+    return show
+
+
+def _is_from(finalizer: Callable[..., Any], shown: tuple[str, ...]) -> bool:
+    """Whether what a shared task does to each new app comes from Celery, llmtasks or one of these modules."""
+    enclosed = [cell.cell_contents for cell in finalizer.__closure__ or ()]
+    modules = {getattr(value, "__module__", None) or "celery" for value in enclosed if callable(value)}
+    return all(module in shown or module.split(".")[0] in {"celery", "llmtasks"} for module in modules)
 
 
 def disconnect(app: Any) -> None:

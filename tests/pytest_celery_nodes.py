@@ -130,6 +130,14 @@ def default_redis_broker(tmp_path: Path) -> Iterator[RedisContainer]:
 
 
 @pytest.fixture
+def celery_redis_backend(default_redis_backend: RedisContainer) -> Iterator[CeleryTestBackend]:
+    """The backend's node; pytest-celery's own looks at every object alive and so binds every stand-in for a task."""
+    node = CeleryTestBackend(default_redis_backend)
+    yield node
+    node.teardown()
+
+
+@pytest.fixture
 def default_redis_backend(tmp_path: Path) -> Iterator[RedisContainer]:
     yield from _valkey_node(tmp_path / "backend")
 

@@ -46,7 +46,7 @@ def serviced(
 def ledger(tmp_path: Path) -> Iterator[Celery]:
     """An empty ledger, and a broker that is this process's memory."""
     (tmp_path / "celeryconfig.py").write_text("broker_url = 'memory://'\nresult_backend = 'cache+memory://'\n")
-    with app_in_this_process(tmp_path, {"LLMTASKS_HOME": str(tmp_path / "llmtasks")}) as celery:
+    with app_in_this_process(tmp_path, {"LLMTASKS_HOME": str(tmp_path / "llmtasks")}, tasks.__name__) as celery:
         yield celery
 
 
