@@ -91,7 +91,7 @@ def absolute(when: Any) -> str | None:
 
 def _says_something(value: Any) -> bool:
     """Whether an option has to be kept. 0 has: it is the first member's place in a group."""
-    return bool(value) or (value == 0 and value is not False)
+    return bool(value) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _list(value: Any) -> list[Any] | None:
