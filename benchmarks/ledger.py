@@ -122,15 +122,15 @@ def bridge_cost(count: int) -> dict[str, float]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its own options."""
-    parser.add_argument("--runs", type=int, help="runs of each kind in a round (1,000)")
-    parser.add_argument("--rounds", type=int, help="rounds (7)")
+    parser.add_argument("--runs", type=int, help="runs of each kind in a round (400)")
+    parser.add_argument("--rounds", type=int, help="rounds (15)")
     parser.add_argument("--database", choices=stage.DATABASES, action="append", help="only this one")
 
 
 def measure(options: argparse.Namespace) -> Report:
     """Measure a worker on each database, then the parts alone."""
-    count = options.runs or (50 if options.quick else 1_000)
-    rounds = options.rounds or (1 if options.quick else 7)
+    count = options.runs or (50 if options.quick else 400)
+    rounds = options.rounds or (1 if options.quick else 15)
     figures: list[Figure] = []
     for kind in options.database or stage.DATABASES:
         with stage.project(kind) as project, stage.database_of(project) as database:

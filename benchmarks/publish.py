@@ -39,14 +39,14 @@ def each(send: Callable[[int], Any]) -> Callable[[int], None]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its own options."""
-    parser.add_argument("--messages", type=int, help="messages of each way in a round (1,000)")
-    parser.add_argument("--rounds", type=int, help="rounds (11)")
+    parser.add_argument("--messages", type=int, help="messages of each way in a round (200)")
+    parser.add_argument("--rounds", type=int, help="rounds (51)")
 
 
 def measure(options: argparse.Namespace) -> Report:
     """Measure all ways to send."""
-    count = options.messages or (50 if options.quick else 1_000)
-    rounds = options.rounds or (1 if options.quick else 11)
+    count = options.messages or (50 if options.quick else 200)
+    rounds = options.rounds or (1 if options.quick else 51)
     with stage.project() as project:
         app = project.app
         plain, recorded = app.tasks["plain"], app.tasks["recorded"]
