@@ -169,6 +169,11 @@ _ENDING: Final = (
         owner=case((bindparam("keeps") == 1, runs.c.owner), else_=null()),
         heartbeat_at=bindparam("now"),
         delivered=bindparam("told"),
+        # Back in its queue: from now on it may be missed there.
+        published_at=case(
+            (bindparam("to") == RunState.QUEUED.value, bindparam("now", type_=UtcDateTime())),
+            else_=runs.c.published_at,
+        ),
         ended_at=case(
             (_GIVEN_UP, bindparam("now", type_=UtcDateTime())), else_=bindparam("ended", type_=UtcDateTime())
         ),
@@ -214,7 +219,12 @@ def take_slots(tx: Connection, app: str, func_name: str, claim: Claim, now: date
         None when the run may start, else the reason why it does not.
     """
     wanted = slots.scopes(app, func_name, claim.function_slots, claim.schedule_id, claim.schedule_slots)
-    full = slots.take(tx, wanted, claim.id, now) if wanted else None
+    if not wanted:
+        if claim.claim_no > 1:
+            # It may have been handed a slot while it waited, by code that still had a limit.
+            slots.free(tx, claim.id, now)
+        return None
+    full = slots.take(tx, wanted, claim.id, now)
     if full is None:
         return None
     places = dict(wanted)[full]

@@ -125,9 +125,9 @@ def _take_one(tx: Connection, scope: str, places: int, run_id: str, now: datetim
     taken = {row.place: row.run_id for row in tx.execute(_TAKEN, {"scope": scope})}
     if run_id in taken.values():
         return True
-    for place in range(places):
-        if place in taken:
-            continue
+    # No more than there are left: after a lower limit runs still hold places beyond it, which count as well.
+    open_places = [place for place in range(places) if place not in taken][: max(0, places - len(taken))]
+    for place in open_places:
         row = {"scope": scope, "place": place, "run_id": run_id, "taken_at": now}
         if tx.execute(_PUT[tx.dialect.name], row).rowcount == 1:
             return True

@@ -248,3 +248,41 @@ def test_claim_without_slots_keeps_a_run_that_ended_out(database: Database) -> N
 
     assert replay.state is RunState.SUCCEEDED
     assert taken_slots(database) == {}
+
+
+def test_lower_limit_counts_the_places_that_runs_hold_beyond_it(database: Database) -> None:
+    """Whoever holds a high place from before goes on, and no other run starts in its stead."""
+    first, second, third = (starts(database, run_id, function_slots=3) for run_id in ("a", "b", "c"))
+    ended(database, first)
+
+    waits(database, "d", function_slots=2)
+    assert taken_slots(database) == {(FUNCTION, 1): "b", (FUNCTION, 2): "c"}
+
+    assert ended(database, third) == (True, ["d"])
+    waits(database, "e", function_slots=2)
+    assert ended(database, second) == (True, ["e"])
+    assert taken_slots(database) == {(FUNCTION, 0): "d", (FUNCTION, 1): "e"}
+
+
+def test_run_keeps_its_place_beyond_a_lower_limit(database: Database) -> None:
+    """A run that was handed a high place before the limit was lowered starts with it."""
+    claim = [starts(database, run_id, function_slots=2) for run_id in ("a", "b")][1]
+    waits(database, "c", function_slots=2)
+    ended(database, claim)
+
+    starts(database, "c", function_slots=1)
+
+    assert taken_slots(database) == {(FUNCTION, 0): "a", (FUNCTION, 1): "c"}
+
+
+def test_slot_handed_before_the_limit_was_removed_is_given_back(database: Database) -> None:
+    """Code without the limit starts the run; the place goes to those that still wait for one."""
+    claim = starts(database, "a", function_slots=1)
+    waits(database, "b", function_slots=1)
+    ended(database, claim)
+    assert taken_slots(database) == {(FUNCTION, 0): "b"}
+
+    free = starts(database, "b", function_slots=None)
+
+    assert taken_slots(database) == {}
+    assert ended(database, free) == (True, [])
