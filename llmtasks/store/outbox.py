@@ -127,7 +127,7 @@ def published(tx: Connection, messages: list[Message], now: datetime) -> None:
 
 def deliver(tx: Connection, app: str, run_id: str, now: datetime) -> None:
     """Owe the broker the message that tells a run's end."""
-    tx.execute(update(runs).where(runs.c.id == run_id).values(delivery_sent_at=now))
+    tx.execute(update(runs).where(runs.c.id == run_id).values(delivery_sent_at=now, publications=0))
     put(tx, app, [run_id], now, DELIVER)
 
 

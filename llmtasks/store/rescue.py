@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
-from sqlalchemy import ColumnElement, Connection, and_, case, func, literal, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, literal, null, or_, select, update
 
 from llmtasks.message import DELIVER
 from llmtasks.states import ENDED, RunState
@@ -14,8 +14,10 @@ from llmtasks.store.rows import UtcDateTime, runs
 
 #: Rows that one keeper takes in one transaction.
 BATCH: Final = 200
-#: An end sent for delivery is sent again after this time.
+#: An end sent for delivery is sent again after this time, then after twice as long, and so on.
 DELIVERY_PATIENCE: Final = timedelta(seconds=10)
+#: How often that time doubles at most: to ten minutes and a bit.
+DELIVERY_DOUBLINGS: Final = 6
 #: The first republication of a queued run is after this time, the next after twice as long, and so on.
 REPUBLISH_AFTER: Final = timedelta(minutes=10)
 #: A queued run whose queue is empty is published again when queued for longer than this.
@@ -136,7 +138,7 @@ def send_ends(tx: Connection, app: str, silent_since: datetime, now: datetime) -
                 runs.c.state.in_(ENDED),
                 runs.c.func_name != "",
                 or_(runs.c.owner.is_(None), runs.c.heartbeat_at < silent_since),
-                or_(runs.c.delivery_sent_at.is_(None), runs.c.delivery_sent_at < now - DELIVERY_PATIENCE),
+                or_(runs.c.delivery_sent_at.is_(None), _patience_is_over(now)),
             )
             .order_by(runs.c.ended_at)
             .limit(BATCH)
@@ -144,9 +146,23 @@ def send_ends(tx: Connection, app: str, silent_since: datetime, now: datetime) -
         ).scalars()
     )
     if untold:
-        tx.execute(update(runs).where(runs.c.id.in_(untold)).values(delivery_sent_at=now))
+        # From the first time on, what is counted are the publications of the end.
+        told_before = case((runs.c.delivery_sent_at.is_(None), 0), else_=runs.c.publications)
+        tx.execute(update(runs).where(runs.c.id.in_(untold)).values(delivery_sent_at=now, publications=told_before))
         outbox.put(tx, app, untold, now, DELIVER)
     return untold
+
+
+def _patience_is_over(now: datetime) -> ColumnElement[bool]:
+    """Whether an end sent before is to be sent again: twice as long after each time that the broker took it."""
+    steps = range(DELIVERY_DOUBLINGS + 1)
+    return or_(
+        *(
+            and_(runs.c.publications <= step + 1, runs.c.delivery_sent_at < now - DELIVERY_PATIENCE * 2**step)
+            for step in steps
+        ),
+        runs.c.delivery_sent_at < now - DELIVERY_PATIENCE * 2**DELIVERY_DOUBLINGS,
+    )
 
 
 def queued_long(tx: Connection, app: str, now: datetime) -> list[tuple[str, str | None, bool]]:
@@ -158,7 +174,7 @@ def queued_long(tx: Connection, app: str, now: datetime) -> list[tuple[str, str 
             ~runs.c.delivered,
             runs.c.state == RunState.QUEUED,
             runs.c.published_at < now - EMPTY_QUEUE_PATIENCE,
-            runs.c.envelope.is_not(None),
+            or_(runs.c.envelope.is_not(None), runs.c.replacement.is_not(None)),
         )
         .order_by(runs.c.published_at)
         .limit(BATCH)
@@ -176,16 +192,6 @@ def republish(tx: Connection, app: str, ids: list[str], now: datetime) -> None:
     if still:
         tx.execute(update(runs).where(runs.c.id.in_(still)).values(state=RunState.PENDING))
         outbox.put(tx, app, still, now)
-
-
-def next_due(tx: Connection, app: str) -> datetime | None:
-    """The earliest stored time of a next attempt."""
-    found: Any = tx.execute(
-        select(func.min(runs.c.next_attempt_at)).where(
-            runs.c.app == app, ~runs.c.delivered, runs.c.state == RunState.RETRYING
-        )
-    ).scalar()
-    return found  # type: ignore[no-any-return]  # min() keeps the column's type
 
 
 def owned_by(owner: str, run_id: str) -> ColumnElement[bool]:

@@ -1,6 +1,7 @@
 """What keepers write: nothing that was accepted stands still, and nothing is done twice."""
 
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -138,12 +139,9 @@ def test_due_retries_are_started(database: Database) -> None:
         ended(database, held(database, f"run{number}"), RunState.RETRYING, next_attempt_at=later(10 * (3 - number)))
 
     with database.transaction() as tx:
-        assert rescue.next_due(tx, APP) == later(10)
         assert rescue.start_retries(tx, APP, later(9.9)) == []
         assert rescue.start_retries(tx, APP, later(20)) == ["run2", "run1"]
         assert rescue.start_retries(tx, APP, later(20)) == []
-        assert rescue.next_due(tx, APP) == later(30)
-        assert rescue.next_due(tx, "other") is None
 
     assert owed(database) == {"run1": "run", "run2": "run"}
     assert (state_of(database, "run1"), row_of(database, "run1").next_attempt_at) == (RunState.PENDING, None)
@@ -167,6 +165,53 @@ def test_untold_ends_are_sent_for_delivery(database: Database) -> None:
     assert owed(database) == {"free": "deliver"}
     assert send(11.5) == ["free"]
     assert sorted(send(22)) == ["busy", "free"]
+
+
+def test_end_that_nobody_tells_is_sent_ever_more_seldom(database: Database) -> None:
+    """Twice as long after each publication, up to ten minutes: a backlog of ends does not flood the broker."""
+    opened(database, new_run("a"))
+    publish(database, "a")
+    ended(database, held(database, "a"))
+    sent: list[int] = []
+
+    for second in range(1, 3000):
+        with database.transaction() as tx:
+            again = rescue.send_ends(tx, APP, later(second) - LEASE, later(second))
+        if again:
+            sent.append(second)
+            publish(database, "a", at=later(second))
+
+    assert [after - before for before, after in pairwise(sent)] == [11, 21, 41, 81, 161, 321, 641, 641, 641]
+
+
+def test_end_that_no_broker_took_is_not_put_off(database: Database) -> None:
+    """While the broker is away its message stays owed."""
+    ended(database, held(database, "a"))
+
+    for at in (1, 12, 23, 34):
+        with database.transaction() as tx:
+            assert rescue.send_ends(tx, APP, later(at) - LEASE, later(at)) == ["a"]
+    assert owed(database) == {"a": "deliver"}
+
+
+def test_requeued_run_is_looked_at_as_any_queued_one(database: Database) -> None:
+    """A run that its caller sent is known from its first start on, and is not lost when it is put back."""
+    ended(database, held(database, "a"), RunState.QUEUED, at=later(5), counts=False)
+
+    assert row_of(database, "a").published_at == later(5)
+    with database.reading() as connection:
+        assert rescue.queued_long(connection, APP, later(36)) == [("a", "celery", False)]
+
+
+def test_replaced_run_is_looked_at_without_an_envelope(database: Database) -> None:
+    """Its replacement says all that its message needs."""
+    opened(database, new_run("a"), new_run("b"))
+    publish(database, "a", "b")
+    set_run(database, "a", envelope=None, replacement="{}")
+    set_run(database, "b", envelope=None)
+
+    with database.reading() as connection:
+        assert [row[0] for row in rescue.queued_long(connection, APP, later(31))] == ["a"]
 
 
 def test_abandoned_end_is_sent_at_once(database: Database) -> None:
@@ -287,11 +332,10 @@ def test_keepers_do_not_read_what_is_over(database: Database) -> None:
         rescue.promote(tx, APP, NOW)
         rescue.send_ends(tx, APP, NOW, NOW)
         rescue.queued_long(tx, APP, NOW)
-        rescue.next_due(tx, APP)
         outbox.take_due(tx, APP, NOW, NOW, 10)
         event.remove(tx, "before_cursor_execute", note)
 
-        assert len(seen) == 7
+        assert len(seen) == 6
         for statement, parameters in seen:
             explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN "
             plan = "\n".join(str(line) for line in tx.exec_driver_sql(explain + statement, parameters))
