@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
+from typing import Final
 
 from sqlalchemy import ColumnElement, Connection, select, update
 
@@ -10,6 +12,9 @@ from llmtasks.states import ENDED, UNSTARTED, RunState
 from llmtasks.store import outbox, slots
 from llmtasks.store.rows import runs
 from llmtasks.store.runs import NewRun, Run, get, record_ended
+
+#: Ids in one statement; databases refuse some ten thousands of parameters.
+SLICE: Final = 1_000
 
 
 def cancel(tx: Connection, app: str, run_id: str, now: datetime, reason: str) -> Run | None:
@@ -43,10 +48,10 @@ def _cancel_where(tx: Connection, condition: ColumnElement[bool], now: datetime,
     found = tx.execute(live.order_by(runs.c.id).with_for_update()).all()
     unstarted = [row.id for row in found if row.state in UNSTARTED]
     running = [row.id for row in found if row.state == RunState.RUNNING]
-    if unstarted:
+    for ids in _slices(unstarted):
         tx.execute(
             update(runs)
-            .where(runs.c.id.in_(unstarted))
+            .where(runs.c.id.in_(ids))
             .values(
                 state=RunState.CANCELLED,
                 reason=reason,
@@ -56,12 +61,19 @@ def _cancel_where(tx: Connection, condition: ColumnElement[bool], now: datetime,
                 next_attempt_at=None,
             )
         )
+        outbox.remove(tx, ids)
+    if unstarted:
         slots.free_all(tx, unstarted, now)
-        outbox.remove(tx, unstarted)
-    if running:
+    for ids in _slices(running):
         tx.execute(
             update(runs)
-            .where(runs.c.id.in_(running), runs.c.cancel_requested_at.is_(None))
+            .where(runs.c.id.in_(ids), runs.c.cancel_requested_at.is_(None))
             .values(cancel_requested_at=now, reason=reason)
         )
     return [row.id for row in found]
+
+
+def _slices(ids: list[str]) -> Iterator[list[str]]:
+    """``ids`` in parts that a statement can name one by one."""
+    for begin in range(0, len(ids), SLICE):
+        yield ids[begin : begin + SLICE]

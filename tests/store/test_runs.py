@@ -1,6 +1,7 @@
 """The ledger: opening, reading, cancelling and purging runs."""
 
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 
@@ -297,6 +298,18 @@ def test_runs_of_a_schedule_are_cancelled_together(database: Database) -> None:
     ]
     assert row_of(database, "running").cancel_requested_at == later(1)
     assert owed(database).keys() == {"running", "over", "other"}
+
+
+def test_more_runs_than_a_statement_has_parameters_are_cancelled(tmp_path: Path) -> None:
+    """A schedule whose runs piled up is cancelled with all of them."""
+    database = Database(f"sqlite:///{tmp_path / 'x.db'}")
+    with database.transaction() as tx:
+        runs.open_many(tx, [new_run(f"run{n}", schedule_id="sid") for n in range(33_000)], NOW)
+        assert len(cancelling.cancel_of_schedule(tx, "sid", later(1), "its Task was cancelled")) == 33_000
+
+    assert owed(database) == {}
+    assert state_of(database, "run32999") is RunState.CANCELLED
+    database.close()
 
 
 def test_cancel_and_end_at_once_lose_no_request(database: Database) -> None:
