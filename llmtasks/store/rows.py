@@ -76,7 +76,7 @@ schedules: Final = Table(
     Column("kwargs", Text, nullable=False),
     #: once, interval or cron.
     Column("kind", String(10), nullable=False),
-    Column("expression", String(200)),
+    Column("expression", String(1000)),
     Column("timezone", String(64)),
     Column("every_us", BigInteger),
     #: The grid's origin of an interval, the instant of a one-off.
@@ -96,6 +96,8 @@ schedules: Final = Table(
     # Only a schedule with a next run is in this index, whatever the table's size.
     Index("ix_llmtasks_schedules_due", "app", "next_run_at"),
     Index("ix_llmtasks_schedules_name", "app", "name"),
+    # Only what code declares is in this one, in the order in which beats read it again and again.
+    Index("ix_llmtasks_schedules_declared", "app", "name", "created_at"),
 )
 
 runs: Final = Table(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from llmtasks.errors import ConfigurationError
 from llmtasks.states import ScheduleState
@@ -193,11 +193,6 @@ def put_many(tx: Connection, new: list[Schedule], now: datetime) -> None:
     """Insert many new schedules."""
     if new:
         tx.execute(insert(schedules), [_to_row(replace(item, created_at=now, updated_at=now)) for item in new])
-
-
-def remove(tx: Connection, schedule_id: str) -> None:
-    """Delete a schedule's row; its runs stay in the ledger."""
-    tx.execute(delete(schedules).where(schedules.c.id == schedule_id))
 
 
 def count_by_state(tx: Connection, app: str) -> dict[ScheduleState, int]:

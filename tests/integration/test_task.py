@@ -28,7 +28,7 @@ from llmtasks.errors import (
     UnknownTaskFunctionError,
 )
 from llmtasks.states import RunState, ScheduleState
-from llmtasks.store import runs, schedules
+from llmtasks.store import rows, runs, schedules
 from tests.processes import Project
 from tests.servers import Valkey
 
@@ -579,7 +579,7 @@ def test_a_task_that_is_gone_says_so(project: Project) -> None:
     """A handle whose row was deleted."""
     task = every().save_sync()
     with station().database.transaction() as tx:
-        schedules.remove(tx, task.id or "")
+        tx.execute(rows.schedules.delete().where(rows.schedules.c.id == task.id))
 
     with pytest.raises(TaskNotFoundError, match="any more"):
         task.pause_sync()

