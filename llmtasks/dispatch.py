@@ -18,7 +18,6 @@ from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, Ru
 from llmtasks.message import Message
 from llmtasks.options import DEFAULT_PRIORITY, limits
 from llmtasks.settings import Settings
-from llmtasks.states import RunState
 from llmtasks.store import cancelling, outbox, runs
 from llmtasks.store.database import Database, database_at
 from llmtasks.store.forking import fork_gate
@@ -54,7 +53,7 @@ def station(app: Any = None) -> Station:
     found = _stations.get(app)
     if found is None:
         settings = sender.settings_of(app)
-        found = _stations[app] = Station(app, settings, database_at(settings.database_url))
+        found = _stations.setdefault(app, Station(app, settings, database_at(settings.database_url)))
     return found
 
 
@@ -223,11 +222,6 @@ def find_run(at: Station, run_id: str) -> Run:
             "`llmtasks runs` lists the latest"
         )
     return found
-
-
-def is_live(run: Run) -> bool:
-    """Whether a run still has to end."""
-    return not RunState(run.state).is_final
 
 
 def _until(at: Station, now: datetime) -> datetime:
