@@ -42,8 +42,14 @@ def write(at: Station, declared: Iterable[Declared]) -> None:
     now = at.database.now()
     with at.database.transaction() as tx:
         stored = {row.name: row for row in schedules.find(tx, at.name, declared=True)}
-        for item in declared:
+        # In one order: two beats that start together lock the same rows.
+        for item in sorted(declared, key=lambda item: item.name):
             before = stored.get(item.name)
+            row = _row(at, item, before, now)
+            if row == before:
+                continue
+            # Locked and read again: somebody may have paused it since, or another beat fired it.
+            before = schedules.get(tx, row.id, lock=True)
             row = _row(at, item, before, now)
             if row != before:
                 schedules.put(tx, row, now)

@@ -3,14 +3,18 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from llmtasks import Run, Task
-from llmtasks.dispatch import station
+from llmtasks.beat import sync
+from llmtasks.dispatch import Station, station
 from llmtasks.states import RunState, ScheduleState
 from llmtasks.store import processes, schedules
 from llmtasks.store.schedules import Schedule, trigger_columns
@@ -471,6 +475,37 @@ def recovered(ledger: Ledger, task: Task, before: int) -> bool:
         return len(runs_of(ledger, task)) > before + 1
     except DatabaseUnavailableError:
         return False
+
+
+@pytest.mark.postgresql
+def test_a_pause_while_beat_writes_what_code_declares_is_kept(
+    tmp_path: Path, postgresql_server: PostgreSQL, valkey_server: Valkey
+) -> None:
+    """Beat has read the rows, and somebody pauses one of them before it writes: both changes are there afterwards."""
+    project = project_on(postgresql_server, tmp_path, valkey_server)
+    try:
+        at = station()
+        declared = [item for item in sync.declared_of(at) if item.name == "often"]
+        sync.write(at, declared)
+        changed = [replace(item, kwargs={"key": "changed"}) for item in declared]
+        with ThreadPoolExecutor(1) as pool:
+            with at.database.transaction() as tx:
+                (row,) = schedules.find(tx, at.name, name="often")
+                schedules.put(tx, replace(row, state=ScheduleState.PAUSED, next_run_at=None), soon())
+                written = pool.submit(sync.write, at, changed)
+                wait_until(lambda: waits_for_a_lock(at), 30, "beat waits for the row")
+            written.result(30)
+
+        assert (read(row.id).state, read(row.id).kwargs) == (ScheduleState.PAUSED, {"key": "changed"})
+        assert read(row.id).next_run_at is None
+    finally:
+        project.close()
+
+
+def waits_for_a_lock(at: Station) -> bool:
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with at.database.reading() as connection:
+        return connection.execute(text(waiting)).first() is not None
 
 
 @pytest.mark.postgresql
