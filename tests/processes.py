@@ -201,25 +201,30 @@ def app_in_this_process(folder: Path, environ: Mapping[str, str], *modules: str)
 
 
 def _hide_registrations(shown: tuple[str, ...]) -> Callable[[], None]:
-    """Hide what other test modules registered when they were imported; returns what shows it again."""
+    """Hide what other modules, of tests or of an outer project, have registered; returns what shows it again."""
     finalizers: set[Any] = cast("Any", celery._state)._on_app_finalizers
     hidden = {callback for callback in finalizers if not _is_from(callback, shown)}
     finalizers -= hidden
+    functions: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    modules: dict[str, Any] = {}
+    # Not imported here: tests of what llmtasks imports at all begin without it.
     registered = sys.modules.get("llmtasks.registry")
-    taken: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    if registered is not None:
-        registry = registered.task_registry
-        modules = {name: registry.function(name).__module__ for name in registry.names()}
-        foreign = [
-            name for name, module in modules.items() if module not in shown and not module.startswith("llmtasks.")
-        ]
-        for known in (registry._functions, registry._options):
-            taken.append((known, {name: known.pop(name) for name in foreign}))  # noqa: PERF401
+    registry = registered.task_registry if registered else None
+    for name in registry.names() if registry else ():
+        module = registry.function(name).__module__
+        if module in shown or module.startswith("llmtasks."):
+            continue
+        functions[name], options[name] = registry._functions.pop(name), registry._options.pop(name)
+        if "." not in module and module in sys.modules:  # another project's may have the same name
+            modules[module] = sys.modules.pop(module)
 
     def show() -> None:
         finalizers.update(hidden)
-        for known, items in taken:
-            known.update(items)
+        sys.modules.update(modules)
+        if registry is not None:
+            registry._functions.update(functions)
+            registry._options.update(options)
 
     return show
 

@@ -327,8 +327,10 @@ def test_broker_command_fails_when_its_server_dies(home: Path, tmp_path: Path) -
 
 
 def test_broker_command_without_a_data_directory_says_what_to_set(tmp_path: Path) -> None:
-    """No celeryconfig.py in this folder and no LLMTASKS_HOME."""
-    child = ChildProcess(COMMAND, name="llmtasks broker", log=tmp_path / "log", cwd=tmp_path)
+    """No module configures Celery, and LLMTASKS_HOME is not set."""
+    # An editable install puts this repository's own celeryconfig.py on every path.
+    environ = {**os.environ, "CELERY_CONFIG_MODULE": "no_such_configuration"}
+    child = ChildProcess(COMMAND, name="llmtasks broker", log=tmp_path / "log", cwd=tmp_path, environ=environ)
 
     assert child.process.wait(60) == 1
     assert "set LLMTASKS_HOME" in child.log()
