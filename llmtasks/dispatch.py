@@ -14,11 +14,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from llmtasks import sender
-from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, RunNotFoundError
+from llmtasks.errors import BrokerUnavailableError, ConfigurationError, DatabaseUnavailableError, RunNotFoundError
 from llmtasks.message import Message
 from llmtasks.options import DEFAULT_PRIORITY, limits
 from llmtasks.settings import Settings
-from llmtasks.store import cancelling, outbox, runs
+from llmtasks.store import cancelling, outbox, runs, unsendable
 from llmtasks.store.database import Database, database_at
 from llmtasks.store.forking import fork_gate
 from llmtasks.store.runs import NewRun, Run
@@ -131,13 +131,17 @@ def dispatch(at: Station, new: NewRun, available_at: datetime | None = None) -> 
 
 
 def relay(at: Station, ids: Iterable[str]) -> None:
-    """Send the messages of runs that a transaction just put into the outbox."""
+    """Send the messages of runs that a transaction just put into the outbox, or leave them to a keeper."""
     ids = list(ids)
     if not ids:
         return
-    now = at.database.now()
-    with at.database.transaction() as tx:
-        messages = outbox.take_these(tx, ids, _until(at, now))
+    try:
+        now = at.database.now()
+        with at.database.transaction() as tx:
+            messages = outbox.take_these(tx, ids, _until(at, now))
+    except DatabaseUnavailableError as error:
+        logger.warning("not published yet, the outbox keeps it: %s", error)
+        return
     send(at, messages)
 
 
@@ -172,13 +176,36 @@ def publish(at: Station, messages: list[Message]) -> None:
     if not messages:
         return
     with fork_gate.entered():
-        sender.publish(at.app, messages)
+        handed = {item.run_id for item in messages if sender.is_handed(item)}
+        # A plain Celery task would not be told its end, it would run.
+        idle = [item for item in messages if item.delivers and item.run_id in handed]
+        faults = sender.publish(at.app, [item for item in messages if item not in idle])
         now = at.database.now()
         with at.database.transaction() as tx:
-            outbox.published(tx, messages, now)
-            for item in messages:
-                if sender.is_handed(item):
+            sent = [item for item in messages if item not in idle and item.run_id not in faults]
+            outbox.published(tx, sent, now)
+            for item in sent:
+                if item.run_id in handed:
                     runs.end_handed(tx, item.run_id, now)
+            for item in idle:
+                unsendable.give_up_telling(tx, item)
+        for item in messages:
+            if item.run_id in faults:
+                _refuse(at, item, faults[item.run_id], told=item.run_id in handed)
+
+
+def _refuse(at: Station, message: Message, error: Exception, *, told: bool) -> None:
+    """Take a message that can never be sent out of the outbox; one with another fault is tried again later."""
+    why = f"its message cannot be sent: {type(error).__name__}: {error}"[:500]
+    logger.error("run %s of %s: %s", message.run_id, message.func_name, why)
+    if not isinstance(error, sender.HOPELESS):
+        return
+    with at.database.transaction() as tx:
+        if message.delivers:
+            unsendable.give_up_telling(tx, message)
+        else:
+            failure = sender.backend_exception(at.app, ConfigurationError(why))
+            unsendable.fail(tx, message, at.database.now(), why, failure, told=told)
 
 
 def cancel_run(at: Station, run_id: str, reason: str = "cancelled") -> Run | None:

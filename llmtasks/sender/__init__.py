@@ -14,6 +14,7 @@ from llmtasks.sender.envelope import (
 from llmtasks.sender.jsontext import dumps, loads
 from llmtasks.sender.priority import native_priority, user_priority
 from llmtasks.sender.publishing import (
+    HOPELESS,
     backend_exception,
     celery_state,
     default_queue,
@@ -27,6 +28,7 @@ from llmtasks.sender.publishing import (
 
 __all__ = [
     "DELIVER_HEADER",
+    "HOPELESS",
     "SENT_HEADER",
     "absolute",
     "backend_exception",

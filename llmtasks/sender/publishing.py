@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import celery
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 from celery.canvas import signature
-from kombu.exceptions import KombuError, OperationalError
+from celery.exceptions import ImproperlyConfigured
+from kombu.exceptions import KombuError, OperationalError, SerializationError
 
-from llmtasks.errors import BrokerUnavailableError
+from llmtasks.errors import BrokerUnavailableError, UnavailableError
 from llmtasks.message import Message
 from llmtasks.sender.advice import missing_socket_advice
 from llmtasks.sender.envelope import DELIVER_HEADER
@@ -26,6 +28,9 @@ from llmtasks.sender.priority import native_priority
 BATCH_SIZE: Final = 200
 #: Seconds that one attempt to reach the broker may take.
 CONNECT_TIMEOUT: Final = 3
+
+#: Errors of a message that will not go away: its queue is in no configuration, its parts do not fit.
+HOPELESS: Final = (SerializationError, LookupError, TypeError, ValueError, AttributeError, ImproperlyConfigured)
 
 _local = threading.local()
 
@@ -38,8 +43,11 @@ class _Connection:
     producer: Any
 
 
-def publish(app: celery.Celery, messages: Sequence[Message]) -> None:
+def publish(app: celery.Celery, messages: Sequence[Message]) -> dict[str, Exception]:
     """Send messages to the broker, many in one round trip where the transport can.
+
+    Returns:
+        The errors of messages that could not be sent although the broker answers, by the run's id.
 
     Raises:
         BrokerUnavailableError: It does not answer. Some messages may have arrived: a copy does no harm, claims drop it.
@@ -50,18 +58,44 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> None:
         connection = app.connection_for_write()
         mine = held[app] = _Connection(os.getpid(), app.amqp.Producer(connection, auto_declare=False))
     producer = mine.producer
-    gone = _errors_of(producer.connection)
+    gone: tuple[type[Exception], ...] = (*_errors_of(producer.connection), OSError, BrokerUnavailableError)
+    unsendable: dict[str, Exception] = {}
     try:
         for start in range(0, len(messages), BATCH_SIZE):
             producer.connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
             with producer.batch(max_size=BATCH_SIZE):
                 for message in messages[start : start + BATCH_SIZE]:
-                    _publish_one(app, producer, message)
+                    error = _fault_of(app, producer, message, gone)
+                    if error is not None:
+                        unsendable[message.run_id] = error
     except gone as error:
         held.pop(app, None)
         with contextlib.suppress(Exception):  # what closing a broken connection raises differs among transports
             producer.connection.release()
+        if isinstance(error, BrokerUnavailableError):
+            raise
         raise outage(app, error) from error
+    return unsendable
+
+
+def _fault_of(
+    app: celery.Celery, producer: Any, message: Message, gone: tuple[type[Exception], ...]
+) -> Exception | None:
+    """Send one message; returns what is wrong with the message itself, and raises what is wrong with anything else."""
+    try:
+        _publish_one(app, producer, message)
+    except SerializationError as error:
+        return error
+    except (UnavailableError, SoftTimeLimitExceeded, MemoryError):
+        raise
+    except gone:
+        raise
+    except Exception as error:
+        # What the Redis result backend makes of it (backends/asynchronous.py:390).
+        if error.__cause__ is not None and isinstance(error.__cause__, gone):
+            raise outage(app, error.__cause__) from error
+        return error
+    return None
 
 
 class _BrokerGoneError(BrokerUnavailableError, OperationalError):
@@ -124,7 +158,12 @@ def default_queue(app: celery.Celery) -> str:
 
 def backend_exception(app: celery.Celery, error: Exception) -> str:
     """An error as JSON in the form of Celery's result backends, so that it can be raised again elsewhere."""
-    return dumps(app.backend.prepare_exception(error, "json"), "the error")
+    try:
+        return dumps(app.backend.prepare_exception(error, "json"), "the error")
+    except Exception:  # a backend of another serializer leaves the arguments as they are; a repr may raise
+        kind = type(error)
+        said = traceback.format_exception_only(error)[-1].strip()
+        return dumps({"exc_type": kind.__name__, "exc_message": [said], "exc_module": kind.__module__}, "the error")
 
 
 def lost_failure(app: celery.Celery) -> str:
@@ -134,11 +173,18 @@ def lost_failure(app: celery.Celery) -> str:
 
 def _publish_one(app: celery.Celery, producer: Any, message: Message) -> None:
     """Send one message as ``app.send_task`` would, but subscribe to no result and take no parent from the caller."""
-    if message.replacement is not None and not message.delivers:
-        signature(loads(message.replacement), app=app).apply_async(producer=producer, add_to_parent=False)
+    if message.replacement is not None:
+        replacement: Any = signature(loads(message.replacement), app=app)
+        if message.delivers:
+            replacement = _heir(replacement, message.run_id)
+            if replacement is None:
+                raise LookupError(f"nothing in what replaced run {message.run_id} has its id")
+            headers = {**(replacement.options.get("headers") or {}), DELIVER_HEADER: 1}
+            replacement.set(headers=headers, countdown=None, eta=None, expires=None)
+        replacement.apply_async(producer=producer, add_to_parent=False)
         return
     if message.envelope is None:
-        return  # replaced, and what replaces it was published: its own message comes
+        return  # nothing is left to send
     envelope = loads(message.envelope)
     options: dict[str, Any] = envelope.get("options", {})
     task = app.tasks.get(message.func_name)
@@ -182,6 +228,19 @@ def _publish_one(app: celery.Celery, producer: Any, message: Message) -> None:
         retry=False,
         **_route(app, message, envelope, task),
     )
+
+
+def _heir(replacement: Any, run_id: str) -> Any:
+    """The one task of what replaces a run that has the run's id, and so its links and its place in a chord."""
+    if replacement.options.get("task_id") == run_id and not replacement.get("subtask_type"):
+        return replacement
+    parts = [*(replacement.get("kwargs") or {}).get("tasks", ())]
+    body = (replacement.get("kwargs") or {}).get("body")
+    for part in [*reversed(parts), *([body] if body else [])]:
+        found = _heir(signature(part, app=replacement.app), run_id)
+        if found is not None:
+            return found
+    return None
 
 
 def _route(app: celery.Celery, message: Message, envelope: dict[str, Any], task: Any) -> dict[str, Any]:

@@ -71,7 +71,6 @@ _PUBLISHED: Final = (
         state=case((runs.c.state == RunState.PENDING, RunState.QUEUED.value), else_=runs.c.state),
         published_at=bindparam("now"),
         publications=runs.c.publications + 1,
-        replacement=None,
     )
 )
 _WAITING: Final = (
@@ -123,6 +122,19 @@ def published(tx: Connection, messages: list[Message], now: datetime) -> None:
         sent = list(tx.execute(_SENT, {"ids": ids, "until": until}).scalars())
         if sent:
             tx.execute(_PUBLISHED, {"ids": sent, "now": now})
+
+
+def put_pending(tx: Connection, run_id: str, now: datetime) -> None:
+    """Owe the broker a message for this run if it is pending."""
+    app = tx.execute(select(runs.c.app).where(runs.c.id == run_id, runs.c.state == RunState.PENDING)).scalar()
+    if app is not None:
+        put(tx, app, [run_id], now)
+
+
+def take_back(tx: Connection, message: Message) -> bool:
+    """Owe nothing for a taken message any more; says no where it was put into the outbox again since."""
+    values = {"ids": [message.run_id], "until": message.reserved_until}
+    return tx.execute(_SENT, values).first() is not None
 
 
 def deliver(tx: Connection, app: str, run_id: str, now: datetime) -> None:
