@@ -56,6 +56,8 @@ class Hold:
     #: The function runs now; its end is not in the ledger.
     calling: bool = False
     lost: bool = False
+    #: How the attempt ended, once that is in the ledger.
+    ended: RunState | None = None
     cpu_seconds: float | None = None
     peak_memory: int | None = None
 

@@ -17,7 +17,7 @@ from kombu.exceptions import EncodeError
 
 from llmtasks import attempt, bridge, sender
 from llmtasks.dispatch import dispatch, station
-from llmtasks.errors import InvalidOptionError, InvalidParamsError
+from llmtasks.errors import BrokerUnavailableError, InvalidOptionError, InvalidParamsError
 from llmtasks.options import TaskOptions, check_number, check_whole
 from llmtasks.store.runs import NewRun
 
@@ -50,6 +50,8 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
     function: ClassVar[Callable[..., Any]]
     parameters: ClassVar[tuple[str, ...]]
     takes_self: ClassVar[bool]
+    #: What ``track_started`` asked for; the attempt does it, after the claim.
+    says_started: ClassVar[bool | None] = None
 
     @classmethod
     def bind(cls, app: Any) -> Any:
@@ -63,6 +65,9 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
         # What may retry or requeue behind the ledger's back stays off, whatever the app's settings say.
         cls.acks_late = cls.acks_on_failure = cls.acks_on_timeout = cls.acks_on_failure_or_timeout = True
         cls.reject_on_worker_lost = cls.retry_on_worker_lost = False
+        if cls.says_started is None:
+            cls.says_started = bool(cls.track_started)
+        cls.track_started = False
         cls.priority = None
         bridge.identify(cls.request_stack)
         return bound
@@ -158,11 +163,11 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             self._check_json(args, kwargs)
             raise
         except sender.gone(self.app) as error:
-            raise sender.outage(self.app, error) from error
+            raise self._outage(error) from error
         except RuntimeError as error:
             # What the Redis result backend makes of a connection error (backends/asynchronous.py:390).
             if isinstance(error.__cause__, sender.gone(self.app)):
-                raise sender.outage(self.app, error.__cause__) from error
+                raise self._outage(error.__cause__) from error
             raise
         except TypeError as error:
             if isinstance(error, InvalidParamsError):
@@ -189,6 +194,15 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             for args, kwargs in map(_arguments_of, items):
                 sent.append(self.apply_async(args, kwargs, producer=producer))
         return sent
+
+    def _outage(self, error: BaseException) -> BrokerUnavailableError:
+        """The error of a broker that is away.
+
+        While the tracer tells an end (links, the chain's next step), it must not be kombu's too: for that the tracer
+        stores FAILURE (trace.py:627). Any other leaves the end to be told again.
+        """
+        away = sender.outage(self.app, error)
+        return BrokerUnavailableError(str(away)) if attempt.is_telling() else away
 
     def _delay(self, countdown: Any, eta: Any) -> float:
         check_number("countdown", countdown)

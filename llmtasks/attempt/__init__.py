@@ -11,17 +11,17 @@ from typing import Any
 
 from celery.exceptions import Ignore, Reject, Retry
 
-from llmtasks.attempt.calling import call, call_body, current, install_soft_limit
+from llmtasks.attempt.calling import call, call_body, current, hold_here, install_soft_limit
 from llmtasks.attempt.claiming import claim_run, name_links
-from llmtasks.attempt.finishing import again, failed, finish, line_of, replaced, succeeded
-from llmtasks.attempt.telling import after_return, let_go, replay, tell_cancelled
+from llmtasks.attempt.finishing import again, fail_for_good, failed, finish, line_of, replaced, succeeded
+from llmtasks.attempt.telling import after_return, let_go, replay, say_started, tell_cancelled
 from llmtasks.bridge import NotYours
 from llmtasks.holding import Cancelled, Hold, hold_of, holdings
 from llmtasks.options import TaskOptions
 from llmtasks.states import ENDED, RunState
 from llmtasks.store.claims import End
 
-__all__ = ["after_return", "call_body", "current", "hold_of", "let_go", "replaced", "run_attempt"]
+__all__ = ["after_return", "call_body", "current", "hold_of", "is_telling", "let_go", "replaced", "run_attempt"]
 
 
 def run_attempt(task: Any, options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -42,14 +42,33 @@ def run_attempt(task: Any, options: TaskOptions, args: tuple[Any, ...], kwargs: 
         request.llm_hold = hold
         request.retries = hold.claim.attempts  # the ledger counts, not the message
         if hold.claim.state in ENDED:
+            hold.ended = hold.claim.state
             return replay(task, hold)
+        say_started(task)
         return conclude(task, options, hold, args, kwargs)
     finally:
         current.inside = False
 
 
+def is_telling() -> bool:
+    """Whether Celery's tracer is telling the end of this thread's run now: the function is not running any more."""
+    hold = hold_here()
+    return hold is not None and hold.ended is not None
+
+
 def conclude(task: Any, options: TaskOptions, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the function and record how the attempt ended."""
+    """Call the function and record how the attempt ended, whatever goes wrong in between."""
+    try:
+        return _conclude(task, options, hold, args, kwargs)
+    except (Ignore, Reject, Retry):
+        raise
+    except Exception as error:
+        if hold.ended is None and not hold.lost:  # the end itself could not be written: new arguments are not JSON
+            fail_for_good(task, hold, error, error)
+        raise
+
+
+def _conclude(task: Any, options: TaskOptions, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     request = task.request
     try:
         value = call(task, hold, args, kwargs)

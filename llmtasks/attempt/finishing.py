@@ -12,14 +12,13 @@ from celery.exceptions import Ignore, Retry
 from celery.utils.serialization import get_pickleable_exception
 
 from llmtasks import sender
-from llmtasks.dispatch import relay, send
+from llmtasks.dispatch import relay
 from llmtasks.errors import InvalidParamsError
 from llmtasks.holding import Hold, holdings, persist
-from llmtasks.message import Message
 from llmtasks.options import TaskOptions
 from llmtasks.retry import backoff_delay
 from llmtasks.states import RunState
-from llmtasks.store import claims, outbox
+from llmtasks.store import claims
 from llmtasks.store.claims import End
 
 #: Celery's default for ``retry_backoff_max``, seconds.
@@ -44,6 +43,7 @@ def finish(hold: Hold, how: End) -> None:
         holdings.release(hold)
     if not ours:
         raise Ignore("the run is no longer ours")
+    hold.ended = how.state
     if handed:
         relay(at, handed)
 
@@ -53,7 +53,7 @@ def succeeded(task: Any, hold: Hold, value: Any) -> Any:
     try:
         result = sender.dumps(value, "result")
     except InvalidParamsError as error:
-        _fail_for_good(task, hold, error, error)
+        fail_for_good(task, hold, error, error)
     finish(hold, End(state=RunState.SUCCEEDED, keeps_owner=True, result=result))
     return value
 
@@ -63,11 +63,11 @@ def failed(task: Any, options: TaskOptions, hold: Hold, error: Exception, cause:
     claim = hold.claim
     final = (
         getattr(task.request, "llm_final", False)
-        or isinstance(error, (*task.throws, *_tuple(options.celery.get("dont_autoretry_for"))))
+        or isinstance(error, (*_tuple(task.throws), *_tuple(options.celery.get("dont_autoretry_for"))))
         or (claim.max_retries is not None and claim.attempts >= claim.max_retries)
     )
     if final:
-        _fail_for_good(task, hold, error, cause)
+        fail_for_good(task, hold, error, cause)
     delay = claim.retry_delay
     if options.retry_backoff:
         # As Celery's own: from 1 s on, at most retry_backoff_max.
@@ -92,17 +92,10 @@ def again(task: Any, hold: Hold, retry: Any) -> NoReturn:
 
 
 def replaced(task: Any, hold: Hold, replacement: Any) -> NoReturn:
-    """Give the run to another function: written first, published after, so that no crash loses it."""
-    at = hold.station
-    finish(hold, End(state=RunState.QUEUED, counts=False, replacement=sender.dumps(replacement, "the replacement")))
+    """Give the run to another function: with its message in the outbox first, sent after, so that no crash loses it."""
+    finish(hold, End(state=RunState.PENDING, counts=False, replacement=sender.dumps(replacement, "the replacement")))
     task.request.llm_replaced = True
-
-    def owe() -> list[Message]:
-        now = at.database.now()
-        with at.database.transaction() as tx:
-            return outbox.requeue(tx, at.name, hold.claim.id, now, now + timedelta(seconds=at.settings.outbox_patience))
-
-    send(at, persist(at, owe))
+    relay(hold.station, [hold.claim.id])
     raise Ignore("replaced by another task")
 
 
@@ -121,7 +114,8 @@ def _finish_retrying(hold: Hold, retry: Any, delay: float, *, trace: str | None,
     )
 
 
-def _fail_for_good(task: Any, hold: Hold, error: Exception, cause: BaseException) -> NoReturn:
+def fail_for_good(task: Any, hold: Hold, error: Exception, cause: BaseException) -> NoReturn:
+    """Record the run's end: it failed, and another attempt is not wanted."""
     packed = sender.backend_exception(task.app, get_pickleable_exception(error))  # as the tracer does (trace.py:222)
     finish(
         hold,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from billiard.exceptions import WorkerLostError
 from celery import states as celery_states
 from celery.exceptions import Ignore, TaskRevokedError
+from kombu.exceptions import EncodeError
 
 from llmtasks import bridge, sender
 from llmtasks.attempt.finishing import line_of
 from llmtasks.bridge import Body
+from llmtasks.errors import LLMTasksError
 from llmtasks.holding import Hold, hold_of, holdings, persist
 from llmtasks.options import TaskOptions
 from llmtasks.states import RunState
@@ -27,6 +30,20 @@ CALLBACK_LIMIT: Final = 60.0
 #: A callback is called once, and once more after a crash in the middle of it.
 CALLBACK_CALLS: Final = 2
 REDACTED: Final = "***"
+#: What Celery's tracer says when it stored an end.
+TOLD: Final = {RunState.SUCCEEDED: celery_states.SUCCESS, RunState.FAILED: celery_states.FAILURE}
+
+
+def say_started(task: Any) -> None:
+    """Store STARTED where ``track_started`` asks for it; the tracer itself would fail the run if it could not."""
+    request = task.request
+    if not task.says_started or sender.ignores_result(task, request):
+        return
+    try:
+        about = {"pid": os.getpid(), "hostname": request.hostname}
+        task.backend.store_result(request.id, about, celery_states.STARTED, request=request)
+    except Exception as error:
+        logger.warning("run %s: that it started cannot be stored: %r", request.id, error)
 
 
 def replay(task: Any, hold: Hold) -> Any:
@@ -45,26 +62,42 @@ def replay(task: Any, hold: Hold) -> Any:
 def tell_cancelled(task: Any, hold: Hold, reason: str) -> NoReturn:
     """Store REVOKED and tell chord, chain and errbacks (``mark_as_revoked`` would tell the chord only, base.py:439)."""
     request = task.request
-    task.backend.mark_as_failure(
-        request.id,
-        TaskRevokedError(reason),
-        request=request,
-        state=celery_states.REVOKED,
-        store_result=not sender.ignores_result(task, request),
-    )
-    holdings.deliver(hold, delivered(task, hold, task.options.redact))
+    try:
+        task.backend.mark_as_failure(
+            request.id,
+            TaskRevokedError(reason),
+            request=request,
+            state=celery_states.REVOKED,
+            store_result=not sender.ignores_result(task, request),
+        )
+        holdings.deliver(hold, delivered(task, hold, task.options.redact))
+    except Exception as error:  # to the tracer it would be the function's own failure
+        logger.warning("run %s: nobody could be told that it is cancelled, a keeper tries again: %r", request.id, error)
+        let_go(task)
     raise Ignore(reason)
 
 
 def after_return(task: Any, options: TaskOptions, status: str, value: Any) -> None:
     """Result, links and chord are stored: call the callbacks and set ``delivered``."""
     hold = hold_of(task.request)
-    if hold is None:
+    if hold is None or not _was_told(hold, status, value):
         return
     callback = {celery_states.SUCCESS: options.on_success, celery_states.FAILURE: options.on_failure}.get(status)
     if callback is not None and hold.claim.callback_calls < CALLBACK_CALLS:
         call_back(callback, hold, value)
     holdings.deliver(hold, delivered(task, hold, options.redact))
+    if callback is not None:
+        try:
+            holdings.flush()  # at once: should this process die before, the callback would be called again
+        except LLMTasksError as error:
+            logger.warning("run %s: that it was told is written down later: %s", hold.claim.id, error)
+
+
+def _was_told(hold: Hold, status: str, value: Any) -> bool:
+    """Whether Celery stored the end that the ledger has; else something of it failed, and a keeper has it told."""
+    if isinstance(value, EncodeError):
+        return True  # the backend cannot carry the result, which will not change
+    return TOLD.get(hold.ended or hold.claim.state) == status
 
 
 def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:
@@ -98,9 +131,12 @@ def let_go(task: Any) -> None:
     disarmed.
     """
     hold = hold_of(task.request)
-    if hold is None or not holdings.release(hold):
+    if hold is None:
         return
+    # Also where nothing is held any more: the run may wait for its next attempt, which mark_as_retry failed to say.
     task.request.update(chord=None, chain=None, errbacks=None, ignore_result=True)
+    if not holdings.release(hold):
+        return
 
     def write() -> None:
         with hold.station.database.transaction() as tx:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Text, and_, bindparam, case, func, literal_column, null, or_, update
 
 from llmtasks.states import CLAIMABLE, ENDED, RunState
-from llmtasks.store import slots
+from llmtasks.store import outbox, slots
 from llmtasks.store.prepared import Prepared
 from llmtasks.store.rows import UtcDateTime, insert_into, runs, state_in
 
@@ -146,10 +146,10 @@ _OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindpar
 #: Somebody asked to cancel the run: it has no next attempt.
 _GIVEN_UP: Final = and_(
     runs.c.cancel_requested_at.is_not(None),
-    or_(bindparam("to") == RunState.RETRYING.value, bindparam("to") == RunState.QUEUED.value),
+    or_(*(bindparam("to") == state.value for state in (RunState.RETRYING, RunState.QUEUED, RunState.PENDING))),
 )
 #: Another function takes the run's place, from its first attempt on; it brings its own message.
-_REPLACED: Final = bindparam("instead", type_=Text()).is_not(None)
+_REPLACED: Final = and_(bindparam("instead", type_=Text()).is_not(None), ~_GIVEN_UP)
 _WAIT: Final = (
     update(runs)
     .where(_OURS)
@@ -189,7 +189,7 @@ _ENDING: Final = (
         args=func.coalesce(bindparam("new_args", type_=Text()), runs.c.args),
         kwargs=func.coalesce(bindparam("new_kwargs", type_=Text()), runs.c.kwargs),
         envelope=case((_REPLACED, null()), else_=runs.c.envelope),
-        replacement=bindparam("instead", type_=Text()),
+        replacement=case((_REPLACED, bindparam("instead", type_=Text())), else_=null()),
     )
 )
 _END: Final = Prepared(lambda _dialect: _ENDING)
@@ -249,7 +249,7 @@ def put_aside(tx: Connection, claim: Claim, state: RunState, reason: str, now: d
 
 
 def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, list[str]]:
-    """End the attempt of a claim; its slots go to whoever waits first.
+    """End the attempt of a claim; its slots go to whoever waits first, what takes its place goes to the outbox.
 
     Returns:
         Whether the run was still ours, and the ids of the runs that got its slots.
@@ -279,6 +279,8 @@ def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, li
     }
     if _END.count(tx, values) != 1:
         return False, []
+    if how.replacement is not None:
+        outbox.put_pending(tx, claim.id, now)
     if claim.function_slots is None and claim.schedule_slots is None:
         return True, []
     return True, slots.free(tx, claim.id, now)
