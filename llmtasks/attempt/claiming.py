@@ -87,8 +87,10 @@ def soft_limit_of(task: Any) -> float | None:
 
 
 def _may_skip(tx: Any, claim: Claim) -> bool:
-    """Only the first attempt of a periodic instant: the next comes anyway. One that stands for missed ones waits."""
+    """Only the first claim of a periodic instant: the next comes anyway. One that stands for missed ones waits."""
     if claim.schedule_id is None or claim.scheduled_for is None or claim.attempts or claim.reason:
+        return False
+    if claim.claim_no > 1:  # it ran before and was put back uncounted, by a worker that shut down
         return False
     schedule = schedules.get(tx, claim.schedule_id)
     return schedule is not None and schedule.kind != "once"
