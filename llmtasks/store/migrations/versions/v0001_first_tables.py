@@ -90,14 +90,26 @@ def upgrade() -> None:
         sa.Column("stands_for", sa.Integer(), server_default=sa.text("1"), nullable=False),
         sa.Column("replacement", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("schedule_id", "scheduled_for", name="uq_llmtasks_runs_instant"),
     )
     with op.batch_alter_table("llmtasks_runs", schema=None) as batch_op:
         batch_op.create_index("ix_llmtasks_runs_created", ["app", "created_at"], unique=False)
-        batch_op.create_index("ix_llmtasks_runs_ended", ["app", "ended_at"], unique=False)
+        batch_op.create_index(
+            "ix_llmtasks_runs_ended",
+            ["app", "ended_at"],
+            unique=False,
+            sqlite_where=sa.text("ended_at IS NOT NULL"),
+            postgresql_where=sa.text("ended_at IS NOT NULL"),
+        )
+        batch_op.create_index(
+            "uq_llmtasks_runs_instant",
+            ["schedule_id", "scheduled_for"],
+            unique=True,
+            sqlite_where=sa.text("schedule_id IS NOT NULL"),
+            postgresql_where=sa.text("schedule_id IS NOT NULL"),
+        )
         batch_op.create_index(
             "ix_llmtasks_runs_open",
-            ["app", "state", "heartbeat_at"],
+            ["app", "state"],
             unique=False,
             sqlite_where=sa.text("delivered = 0"),
             postgresql_where=sa.text("NOT delivered"),
@@ -184,6 +196,7 @@ def downgrade() -> None:
         batch_op.drop_index(
             "ix_llmtasks_runs_open", sqlite_where=sa.text("delivered = 0"), postgresql_where=sa.text("NOT delivered")
         )
+        batch_op.drop_index("uq_llmtasks_runs_instant")
         batch_op.drop_index("ix_llmtasks_runs_ended")
         batch_op.drop_index("ix_llmtasks_runs_created")
 
