@@ -32,6 +32,9 @@ CONNECT_TIMEOUT: Final = 3
 #: Errors of a message that will not go away: its queue is in no configuration, its parts do not fit.
 HOPELESS: Final = (SerializationError, LookupError, TypeError, ValueError, AttributeError, ImproperlyConfigured)
 
+#: What a chain hands on to the last of its tasks.
+_INHERITED: Final = frozenset({"chord", "group_id", "group_index", "root_id", "link_error"})
+
 _local = threading.local()
 
 
@@ -239,6 +242,8 @@ def _heir(replacement: Any, run_id: str) -> Any:
     for part in [*reversed(parts), *([body] if body else [])]:
         found = _heir(signature(part, app=replacement.app), run_id)
         if found is not None:
+            for name in _INHERITED & set(replacement.options):
+                found.options.setdefault(name, replacement.options[name])
             return found
     return None
 

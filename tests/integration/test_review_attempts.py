@@ -157,7 +157,7 @@ def test_replacement_can_be_sent_until_it_is_claimed(app: Celery, at: Station, n
     """Its message may be lost; cancelled meanwhile, its end is told with the replacement's links."""
     run_id = str(uuid.uuid4())
 
-    trace(app, name, run_id)
+    trace(app, name, run_id, group="members", errbacks=[dict(app.tasks["attempts_ok"].si())])
 
     assert run_of(at, run_id).state is RunState.QUEUED
     with at.database.transaction() as tx:
@@ -175,6 +175,8 @@ def test_replacement_can_be_sent_until_it_is_claimed(app: Celery, at: Station, n
         assert queue.qsize() == 1
         told = queue.get(block=False)
     assert told.headers["id"] == run_id
+    assert told.headers["group"] == "members"
+    assert len(told.payload[2]["errbacks"]) == 1
     assert told.headers[sender.DELIVER_HEADER] in {1, "1"}
 
 
