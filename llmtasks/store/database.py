@@ -23,6 +23,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, 
 
 from llmtasks.errors import ConfigurationError, DatabaseUnavailableError, SchemaOutdatedError
 from llmtasks.store.forking import fork_gate
+from llmtasks.store.pinging import ping_idle
 from llmtasks.store.rows import SCHEMA_VERSION, VERSION_TABLE
 
 #: Seconds a SQLite writer waits for another one; 5 s, sqlite3's default, lost results under load.
@@ -165,9 +166,7 @@ class Database:
             else:
                 arguments = {"connect_timeout": CONNECT_TIMEOUT}
             try:
-                engine = create_engine(
-                    self.url, connect_args=arguments, pool_size=5, max_overflow=50, pool_pre_ping=not self.is_sqlite
-                )
+                engine = create_engine(self.url, connect_args=arguments, pool_size=5, max_overflow=50)
             except ImportError as error:
                 raise ConfigurationError(
                     f"database {self.url.render_as_string()!r}: its driver is missing ({error}); "
@@ -176,6 +175,8 @@ class Database:
             if self.is_sqlite:
                 event.listen(engine, "connect", _tune_sqlite)
                 event.listen(engine, "begin", _begin_sqlite)
+            else:
+                ping_idle(engine)
             self._engine = engine
             return engine
 

@@ -219,10 +219,10 @@ def test_stopped_server_is_unavailable_until_it_returns(own_server: PostgreSQL) 
     own_server.stop()
     started = time.monotonic()
     for _ in range(3):
-        with pytest.raises(DatabaseUnavailableError, match="does not answer"), database.transaction():
-            pass
-        with pytest.raises(DatabaseUnavailableError, match="does not answer"), database.reading():
-            pass
+        with pytest.raises(DatabaseUnavailableError, match="does not answer"), database.transaction() as tx:
+            tx.execute(text("SELECT 1"))
+        with pytest.raises(DatabaseUnavailableError, match="does not answer"), database.reading() as tx:
+            tx.execute(text("SELECT 1"))
     assert time.monotonic() - started < 15
     database._measured = -1e9
     assert abs(database.now() - datetime.now(UTC)) < timedelta(seconds=5)
