@@ -1,4 +1,4 @@
-"""Connections that lay idle are asked whether they still live; asking at every checkout would double the round trips."""
+"""Connections that lay idle are asked whether they still live; asking at every checkout would double round trips."""
 
 from __future__ import annotations
 
