@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import logging
 import os
 import threading
 import time
@@ -17,13 +18,14 @@ from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
+from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery import _state
 from celery.utils.threads import LocalStack
 
 from llmtasks.options import HARD_LIMIT_MARGIN
 
 R = TypeVar("R")
+logger = logging.getLogger(__name__)
 
 #: The tracer on whose behalf this code runs; set inside a coroutine, its children and ``asyncio.to_thread``.
 _tracer: contextvars.ContextVar[Any] = contextvars.ContextVar("llmtasks_tracer", default=None)
@@ -64,6 +66,10 @@ class Body:
             self._loop.call_soon_threadsafe(self._task.cancel)
         return True
 
+    def is_starting(self) -> bool:
+        """Whether it is a coroutine that does not run yet, so that nothing can interrupt it for a moment."""
+        return self.is_async and self._task is None
+
     def exceed(self) -> None:
         """Tell the coroutine, once, that its time is up."""
         if not self.exceeded:
@@ -102,7 +108,7 @@ class _Stepper(Coroutine[Any, Any, R]):
         self._body = body
 
     def send(self, value: Any) -> Any:
-        return self._inner.send(value)
+        return self._guarded(self._inner.send, value)
 
     def throw(self, *error: Any) -> Any:
         first = error[0] if isinstance(error[0], BaseException) else error[0](*error[1:2])
@@ -112,8 +118,18 @@ class _Stepper(Coroutine[Any, Any, R]):
             task = asyncio.current_task()
             if isinstance(wanted, TimeIsUp) and task is not None:
                 task.uncancel()  # the coroutine may catch it and go on
-            return self._inner.throw(wanted)
-        return self._inner.throw(first)
+            return self._guarded(self._inner.throw, wanted)
+        return self._guarded(self._inner.throw, first)
+
+    @staticmethod
+    def _guarded(step: Callable[[Any], Any], value: Any) -> Any:
+        try:
+            return step(value)
+        except (SystemExit, KeyboardInterrupt) as error:
+            if threading.current_thread() is threading.main_thread():
+                raise
+            # asyncio would end the loop with it, and the bodies of all other threads.
+            raise WorkerLostError(f"the coroutine raised {error!r}, which would have ended its worker") from error
 
     def close(self) -> None:
         self._inner.close()
@@ -145,8 +161,19 @@ class _Loops:
         with self._lock:
             if self._shared is None or self._shared.is_closed():
                 loop = self._shared = asyncio.new_event_loop()
-                threading.Thread(target=loop.run_forever, name="llmtasks-loop", daemon=True).start()
+                threading.Thread(target=_run_for_good, args=(loop,), name="llmtasks-loop", daemon=True).start()
             return self._shared
+
+
+def _run_for_good(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the shared loop, also after a ``sys.exit()`` in some task that a body left behind: others wait on it."""
+    while True:
+        try:
+            loop.run_forever()
+        except BaseException:
+            logger.exception("something ended the loop of this process's coroutines; it goes on")
+        else:
+            return
 
 
 _loops: Final = _Loops()
@@ -168,7 +195,8 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             f"task function {name_of(function)} is an async generator: nobody would iterate it; "
             "collect its items and return them"
         )
-    if not inspect.iscoroutinefunction(function):
+    body.is_async = inspect.iscoroutinefunction(function)
+    if not body.is_async:
         value = function(*args, **kwargs)
         if inspect.isawaitable(value) or inspect.isasyncgen(value):
             if inspect.iscoroutine(value):
@@ -178,7 +206,6 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
                 "declare it with `async def`, or return a plain value"
             )
         return value
-    body.is_async = True
     return wait(function(*args, **kwargs), body)
 
 

@@ -23,7 +23,7 @@ from billiard import current_process
 
 from llmtasks.bridge import Body, NotYours
 from llmtasks.dispatch import Station, relay
-from llmtasks.errors import DatabaseUnavailableError, LLMTasksError
+from llmtasks.errors import DatabaseUnavailableError, LLMTasksError, SchemaOutdatedError
 from llmtasks.states import RunState
 from llmtasks.store import claims, held
 from llmtasks.store.claims import Claim, End
@@ -83,7 +83,7 @@ def persist(at: Station, write: Callable[[], T]) -> T:
     while True:
         try:
             found = write()
-        except DatabaseUnavailableError as error:
+        except (DatabaseUnavailableError, SchemaOutdatedError) as error:
             if not said:
                 logger.warning("waiting for the ledger: %s", error)
             said = True
@@ -130,8 +130,14 @@ class Holdings:
                 self._delivered.append((hold.station, told))
 
     def set_calling(self, hold: Hold, calling: bool) -> None:
-        """The function of a held run begins or has ended."""
+        """The function of a held run begins or has ended.
+
+        Raises:
+            NotYours: The run was given up before its function began.
+        """
         with self._lock:
+            if calling and hold.lost:
+                raise NotYours("the run was given up before it began")
             hold.calling = calling
 
     def give_up(self, why: str, patience: float) -> list[Hold]:
@@ -178,7 +184,6 @@ class Holdings:
             time.sleep(patience)
             self._tell_overdue()
             try:
-                self.flush()
                 due = {at for at in stations if time.monotonic() - stamped >= at.settings.heartbeat}
                 if due:
                     stamped = time.monotonic()
@@ -186,6 +191,7 @@ class Holdings:
                     self._stamp(at)
                 for at in stations:
                     self._obey(at)
+                self.flush()  # last: one row that cannot be marked must not stop the stamps
                 if away:
                     logger.warning("the ledger answers again; held runs are stamped")
                 away = False
@@ -200,8 +206,8 @@ class Holdings:
         """Signal a passed soft limit again: the pool's own signal may have come before the function ran."""
         with self._lock:
             overdue = any(hold.calling and hold.body.is_overdue() for hold in self._held.values())
-        if overdue and in_pool_child():
-            os.kill(os.getpid(), signal.SIGUSR1)
+            if overdue and in_pool_child():
+                os.kill(os.getpid(), signal.SIGUSR1)
 
     def _stamp(self, at: Station) -> None:
         """Stamp what is held; stop what is no longer ours."""
@@ -215,6 +221,8 @@ class Holdings:
             with self._lock:
                 if not hold.calling or self._held.get(hold.claim.id) is not hold:
                     continue
+                if hold.body.is_starting():
+                    continue  # the next look finds its coroutine
                 hold.lost = True
                 logger.error(
                     "run %s was given to another worker; this attempt stops and counts for nothing", hold.claim.id
@@ -231,6 +239,8 @@ class Holdings:
                 hold = self._held.get(run_id)
                 if hold is None or hold.claim.claim_no != claim_no or not hold.calling:
                     continue
+                if hold.body.is_starting():
+                    continue  # the next look finds its coroutine
                 if not hold.body.interrupt(Cancelled(reason)) and in_pool_child():
                     self._cancel_by_force(hold, reason)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import signal
 import threading
 import time
@@ -10,7 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 import celery
-from billiard.exceptions import SoftTimeLimitExceeded
+from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 from celery._state import get_current_task
 from celery.local import Proxy
 
@@ -24,6 +26,8 @@ class _Current(threading.local):
 
     hold: Hold | None = None
     body: Body | None = None
+    #: The same until the function itself takes it; what it calls in turn has handles of its own.
+    untaken: Body | None = None
     inside: bool = False
 
 
@@ -31,15 +35,25 @@ current: Final = _Current()
 
 
 def call(task: Any, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the function; only in here may a soft limit or a cancellation interrupt."""
+    """Call the function; only in here may a soft limit or a cancellation interrupt.
+
+    Raises:
+        WorkerLostError: The function raised what would end the worker, and this is no child that the pool replaces.
+        NotYours: The run was given up before.
+    """
     current.hold = hold
-    holdings.set_calling(hold, True)
-    hold.body.started = time.monotonic()
-    current.body = hold.body
+    hold.body.is_async = inspect.iscoroutinefunction(getattr(task, "function", None))
     try:
+        holdings.set_calling(hold, True)
+        hold.body.started = time.monotonic()
+        current.body = current.untaken = hold.body
         return task.run(*args, **kwargs)
+    except BaseException as error:
+        if isinstance(error, Exception | asyncio.CancelledError) or in_pool_child():
+            raise
+        raise WorkerLostError(f"the function raised {error!r}, which would have ended its worker") from error
     finally:
-        current.body = None
+        current.body = current.untaken = None
         holdings.set_calling(hold, False)
         current.hold = None
 
@@ -48,7 +62,8 @@ def call_body(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     """What ``task.run`` does: the function itself, in the attempt of this thread if there is one."""
     if _decorated_later:
         function = _decorated(function)
-    return bridge.call(function, args, kwargs, current.body or Body())
+    body, current.untaken = current.untaken or Body(), None
+    return bridge.call(function, args, kwargs, body)
 
 
 def hold_here() -> Hold | None:
@@ -100,8 +115,9 @@ def install_soft_limit() -> None:
 def _on_soft_limit(_signum: int, _frame: FrameType | None) -> None:
     body = current.body
     if body is None:
-        if current.inside:
-            return  # claiming or finishing: the function is not running
+        task: Any = get_current_task()
+        if current.inside or task is None or hasattr(type(task), "takes_self"):
+            return  # claiming, finishing, telling, or between two tasks: no function is running
         raise SoftTimeLimitExceeded  # a task that is not ours
     if body.soft_limit is not None and time.monotonic() - body.started < body.soft_limit * 0.9:
         return  # meant for the run before this one, or counted from the message: the heart sends it again in time
