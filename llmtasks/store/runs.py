@@ -146,15 +146,30 @@ def adopt_message(tx: Connection, new: NewRun) -> None:
     tx.execute(update(runs).where(runs.c.id == new.id, runs.c.func_name == "").values(given))
 
 
-def end_unheld(tx: Connection, run_id: str, now: datetime, state: RunState, reason: str) -> None:
-    """End a live run without an attempt, whoever held it; its slots go to whoever waits."""
-    tx.execute(
+def end_unheld(
+    tx: Connection, run_id: str, now: datetime, state: RunState, reason: str, owner: str | None = None
+) -> bool:
+    """End a live run that was never begun, or, given its ``owner``, one whose attempt that owner gave up.
+
+    Its slots go to whoever waits.
+
+    Returns:
+        Whether the run ended: one that another process holds, or that was begun before, goes on.
+    """
+    if owner is None:
+        ours = and_(runs.c.state.in_([RunState.PENDING, RunState.QUEUED]), runs.c.attempts == 0, runs.c.claim_no == 0)
+    else:
+        ours = and_(runs.c.state == RunState.RUNNING, runs.c.owner == owner)
+    ended = tx.execute(
         update(runs)
-        .where(runs.c.id == run_id, runs.c.state.not_in(ENDED))
+        .where(runs.c.id == run_id, ours)
         .values(state=state, reason=reason, ended_at=now, owner=None, next_attempt_at=None)
-    )
+    ).rowcount
+    if not ended:
+        return False
     slots.free(tx, run_id, now)
     outbox.remove(tx, [run_id])
+    return True
 
 
 def end_handed(tx: Connection, run_id: str, now: datetime) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +14,9 @@ from celery.worker import state as worker_state
 from llmtasks import sender
 from llmtasks.dispatch import Station, relay, station
 from llmtasks.errors import LLMTasksError
-from llmtasks.holding import owner_of
+from llmtasks.holding import LEDGER_PAUSE, owner_of
 from llmtasks.states import ENDED, RunState
-from llmtasks.store import outbox, rescue, runs
+from llmtasks.store import cancelling, outbox, rescue, runs
 from llmtasks.store.runs import NewRun
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ _Request: Any = celery_request.Request
 
 class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
     """Writes ends to the ledger and acknowledges; tells Celery nothing itself: that is for a child, by replay."""
+
+    #: It expired, but its run was begun before: the claim decides what its message is good for.
+    _goes_on = False
 
     @property
     def _station(self) -> Station:
@@ -80,12 +84,42 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
 
     def revoked(self) -> bool:
         """Whether to drop the message. One that only tells an end must get through, revoked or expired or not."""
-        return False if self._delivers else bool(super().revoked())
+        return False if self._delivers else bool(super().revoked()) and not self._goes_on
+
+    def maybe_expire(self) -> bool:
+        """Whether it expired. Celery also remembers it as revoked, which the run's next message would meet."""
+        known = self.id in worker_state.revoked
+        expired = bool(super().maybe_expire())
+        if expired and not known:
+            worker_state.revoked.discard(self.id)
+        return expired
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        """Revoked, terminated: cancelled in the ledger; expired: skipped. A replay tells results, links and chord."""
+        """Revoked, terminated: cancelled in the ledger; expired: skipped. A replay tells results, links and chord.
+
+        A copy of a message may outlive the run's first attempt: what another worker runs is not ended here.
+        """
+        try:
+            ended = self._end_revoked(terminated, expired)
+        except LLMTasksError as away:
+            # Raised on, it would end the worker. The message comes back; not at once, the ledger is away.
+            logger.warning("run %s: that it is %s cannot be written, the message goes back: %s", self.id, reason, away)
+            worker_state.task_ready(self)
+            time.sleep(LEDGER_PAUSE)
+            self.reject(requeue=True)
+            return
+        if expired and not ended:
+            self._goes_on = True
+            return
         worker_state.task_ready(self)
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        self.acknowledge()
+        self._already_revoked = True
+        if ended:
+            relay(self._station, [self.id])
+
+    def _end_revoked(self, terminated: bool, expired: bool) -> bool:
+        """Write that the message is revoked or expired; says whether its run has ended."""
         at = self._station
         now = at.database.now()
         state = RunState.SKIPPED if expired else RunState.CANCELLED
@@ -96,12 +130,14 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
                 runs.record_untold(tx, self._as_run(at, words), now, state)
             elif not known.func_name:
                 runs.adopt_message(tx, self._as_run(at, words))
-            elif known.state not in ENDED:
+            elif expired:
                 runs.end_unheld(tx, self.id, now, state, words)
-            outbox.deliver(tx, at.name, self.id, now)
-        self.acknowledge()
-        self._already_revoked = True
-        relay(at, [self.id])
+            elif not terminated or not runs.end_unheld(tx, self.id, now, state, words, owner_of(self.worker_pid)):
+                cancelling.cancel(tx, at.name, self.id, now, words)
+            ended = rescue.state_of(tx, self.id) in ENDED
+            if ended:
+                outbox.deliver(tx, at.name, self.id, now)
+        return ended
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
         """A cold shutdown, or a broker that went away: end what runs where the pool can, and release the run."""

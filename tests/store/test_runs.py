@@ -128,7 +128,24 @@ def test_unheld_run_is_ended_with_its_message_and_slots(database: Database) -> N
     row = row_of(database, "a")
     assert (row.state, row.reason, row.ended_at, row.delivered) == ("cancelled", "revoked", later(2), False)
     assert state_of(database, "b") is RunState.SUCCEEDED
-    assert owed(database) == {}
+    assert "a" not in owed(database)
+
+
+def test_stale_copy_does_not_end_a_run_that_was_begun(database: Database) -> None:
+    """What another worker holds goes on; only the owner that gave its attempt up ends it."""
+    opened(database, new_run("a"))
+    held(database, "a")
+
+    with database.transaction() as tx:
+        assert not runs.end_unheld(tx, "a", later(2), RunState.SKIPPED, "expired before it started")
+        assert not runs.end_unheld(tx, "a", later(2), RunState.CANCELLED, "terminated", "somebody else")
+
+    assert state_of(database, "a") is RunState.RUNNING
+
+    with database.transaction() as tx:
+        assert runs.end_unheld(tx, "a", later(3), RunState.CANCELLED, "terminated", row_of(database, "a").owner)
+
+    assert state_of(database, "a") is RunState.CANCELLED
 
 
 def test_run_of_a_plain_task_ends_when_it_is_published(database: Database) -> None:
