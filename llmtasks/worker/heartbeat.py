@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from llmtasks.dispatch import Station
@@ -27,7 +29,7 @@ class ProcessHeart:
 
         self._at = at
         self._name, self._pool, self._concurrency = name, pool, concurrency
-        self._started = at.database.now()
+        self._started = time.monotonic()
         self._process = psutil.Process()
         self._cpu_of: dict[int, psutil.Process] = {}
         self._stop = threading.Event()
@@ -61,6 +63,7 @@ class ProcessHeart:
 
     def _described(self) -> Process:
         cpu, memory = self._usage()
+        now = self._at.database.now()
         return Process(
             id=BOOT_ID,
             app=self._at.name,
@@ -69,8 +72,8 @@ class ProcessHeart:
             pid=os.getpid(),
             pool=self._pool,
             concurrency=self._concurrency,
-            started_at=self._started,
-            heartbeat_at=self._at.database.now(),
+            started_at=now - timedelta(seconds=time.monotonic() - self._started),
+            heartbeat_at=now,
             cpu_percent=cpu,
             memory=memory,
         )

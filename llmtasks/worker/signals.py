@@ -9,6 +9,7 @@ from celery import signals
 
 from llmtasks import attempt
 from llmtasks.dispatch import station
+from llmtasks.errors import DatabaseUnavailableError, SchemaOutdatedError
 from llmtasks.holding import holdings
 from llmtasks.keeper import Keeper
 from llmtasks.run_task import RunTask
@@ -38,10 +39,26 @@ def say_what_is_missing(sender: Any, **_: object) -> None:
         logger.error(advice)
 
 
+@signals.worker_init.connect
+def check_schema(sender: Any, **_: object) -> None:
+    """The worker starts: with tables of another version every message would fail, so it ends here."""
+    database = station(sender.app).database
+    try:
+        with database.reading():
+            pass
+    except SchemaOutdatedError as error:
+        raise SystemExit(str(error)) from error  # of receivers Celery lets nothing else through
+    except DatabaseUnavailableError as away:
+        logger.warning("the worker starts without its ledger: %s", away)
+    finally:
+        database.close()  # the pool's children are forked from here
+
+
 @signals.worker_ready.connect
 def start_keeping(sender: Any, **_: object) -> None:
     """The worker consumes: keep runs moving and say that it lives."""
     at = station(sender.app)
+    _worker.grace = Grace(sender, stop_keeping)
     _worker.keeper = Keeper(at)
     _worker.keeper.start()
     pool = sender.pool
@@ -49,7 +66,6 @@ def start_keeping(sender: Any, **_: object) -> None:
         at, name=sender.hostname, pool=type(pool).__module__.rpartition(".")[2], concurrency=pool.num_processes
     )
     _worker.heart.start()
-    _worker.grace = Grace(sender, stop_keeping)
 
 
 @signals.worker_shutting_down.connect
