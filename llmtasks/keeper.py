@@ -13,8 +13,9 @@ from typing import Final
 
 from llmtasks import sender
 from llmtasks.dispatch import Station, publish, relay_due
-from llmtasks.errors import LLMTasksError
+from llmtasks.errors import DatabaseUnavailableError, LLMTasksError
 from llmtasks.store import outbox, processes, rescue
+from llmtasks.store.forking import fork_gate
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Keeper:
 
     def start(self) -> None:
         """Begin, in a thread of its own."""
+        self._await_stamps()
         self._thread = threading.Thread(target=self._loop, name="llmtasks-keeper", daemon=True)
         self._thread.start()
 
@@ -77,6 +79,8 @@ class Keeper:
                 self._away = None
                 pause = 0.0 if moved >= rescue.BATCH else PAUSE
             except LLMTasksError as error:
+                if isinstance(error, DatabaseUnavailableError):
+                    self._await_stamps()
                 kind = type(error).__name__
                 if self._away != kind:
                     logger.warning("the keeper waits: %s", error)
@@ -93,6 +97,11 @@ class Keeper:
         if now - self._last_round > self._at.settings.lease / 2:
             self._trust_stamps_at = now + self._at.settings.lease
         self._last_round = now
+
+    def _await_stamps(self) -> None:
+        """Whoever lives stamps within a heartbeat of the database's return, which a new keeper may have missed."""
+        until = time.monotonic() + self._at.settings.heartbeat + 1
+        self._trust_stamps_at = max(self._trust_stamps_at, until)
 
     def _rescue(self) -> int:
         if time.monotonic() < self._trust_stamps_at:
@@ -129,7 +138,8 @@ class Keeper:
         for run_id, queue, overdue in queued:
             name = queue or sender.default_queue(at.app)
             if not overdue and name not in empty:
-                empty[name] = sender.queue_length(at.app, name) == 0
+                with fork_gate.entered():
+                    empty[name] = sender.queue_length(at.app, name) == 0
             if overdue or empty[name]:
                 again.append(run_id)
         if not again:

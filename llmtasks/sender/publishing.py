@@ -141,14 +141,21 @@ def celery_state(app: celery.Celery, run_id: str) -> str:
 
 
 def queue_length(app: celery.Celery, queue: str) -> int | None:
-    """How many messages wait in a queue; None where the transport cannot say."""
+    """How many messages wait in a queue; None where the transport cannot say.
+
+    Raises:
+        BrokerUnavailableError: The broker does not answer.
+    """
     with app.connection_for_write() as connection:
-        connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
+        gone: tuple[type[Exception], ...] = (*_errors_of(connection), OSError)
         try:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
             declared: Any = app.amqp.queues[queue].bind(connection.default_channel).queue_declare(passive=True)
         except connection.channel_errors:
             return 0
-        except NotImplementedError:
+        except gone as error:
+            raise outage(app, error) from error
+        except (NotImplementedError, LookupError):  # a queue in no configuration
             return None
         return int(declared.message_count)
 
