@@ -223,3 +223,23 @@ def test_frozen_broker_does_not_stop_the_ledger(project: Project) -> None:
     assert running.get(timeout=60) == "done"
     assert ledger.ends(running.id).attempts == 1
     assert worker.running
+
+
+@pytest.mark.postgresql
+def test_expired_message_does_not_end_a_worker_without_its_database(
+    project_on_postgresql: Project, server: PostgreSQL
+) -> None:
+    """A message that expired while the database is away waits for it, and its run then ends as skipped."""
+    project = project_on_postgresql
+    worker = project.worker()
+    ledger = Ledger(project)
+    tasks: Any = project.app.tasks
+    server.kill()
+
+    expired = tasks["passes"].apply_async(("late",), expires=-1)
+    worker.wait_for_log(expired.id)
+    server.start()
+
+    assert ledger.ends(expired.id).state is RunState.SKIPPED
+    assert worker.running
+    assert ledger.notes_now("late") == []
