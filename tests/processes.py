@@ -15,6 +15,7 @@ from typing import Any, cast
 import celery._state
 import kombu.pools
 from celery import Celery
+from kombu.transport import memory
 
 from tests.children import ChildProcess
 from tests.servers import Valkey, free_port
@@ -192,6 +193,7 @@ def app_in_this_process(folder: Path, environ: Mapping[str, str], *modules: str)
     finally:
         disconnect(app)
         _close_databases()
+        _empty_memory()
         state.default_app, state._tls.current_app, state._apps, directory, sys.path[:], environment = saved
         os.chdir(directory)
         os.environ.clear()
@@ -243,6 +245,12 @@ def disconnect(app: Any) -> None:
         app.backend.client.connection_pool.disconnect()
     app.close()
     kombu.pools.reset()
+
+
+def _empty_memory() -> None:
+    """Forget the messages of kombu's memory transport, which all apps of a process share."""
+    memory.Channel.queues.clear()
+    memory.Transport.global_state.clear()
 
 
 def _forget_modules(folder: Path) -> None:

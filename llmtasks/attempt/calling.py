@@ -14,6 +14,7 @@ from typing import Any, Final
 import celery
 from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 from celery._state import get_current_task
+from celery.exceptions import NotRegistered
 from celery.local import Proxy
 
 from llmtasks import bridge
@@ -91,10 +92,18 @@ def _decorated(function: Callable[..., Any]) -> Callable[..., Any]:
     if found is None:
         found = function
         for task, decorator in _decorated_later:
-            if getattr(task, "function", None) is function:
+            if _function_of(task) is function:
                 found = decorator(found)
         _decorated_functions[function] = found
     return found
+
+
+def _function_of(task: Any) -> Any:
+    """The function of a task; None where the current app does not know the task."""
+    try:
+        return getattr(task, "function", None)
+    except NotRegistered:
+        return None
 
 
 _soft_signal_installed = False
