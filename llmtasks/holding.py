@@ -77,7 +77,7 @@ def hold_of(request: Any) -> Hold | None:
     return getattr(request, "llm_hold", None)
 
 
-def persist(at: Station, write: Callable[[], T]) -> T:
+def persist(write: Callable[[], T]) -> T:
     """Do a write that must not be given up: an outage of the database delays it, and is said once."""
     pause, said = 0.05, False
     while True:

@@ -59,7 +59,7 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
                 claims.put_aside(tx, found, state, full, now)
             return found, full
 
-    claim, full = persist(at, take)
+    claim, full = persist(take)
     if claim is None:
         raise Ignore("the run has ended, is held elsewhere, or was superseded")
     if full is not None:

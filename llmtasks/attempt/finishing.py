@@ -38,7 +38,7 @@ def finish(hold: Hold, how: End) -> None:
         with at.database.transaction() as tx:
             return claims.end(tx, hold.claim, how, at.database.now())
 
-    ours, handed = (False, []) if hold.lost else persist(at, write)
+    ours, handed = (False, []) if hold.lost else persist(write)
     if not ours or not how.keeps_owner:
         holdings.release(hold)
     if not ours:

@@ -109,7 +109,7 @@ def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:
             held.count_callback(tx, claim.id, claim.claim_no)
             return runs.get(tx, claim.id)
 
-    run = persist(at, read)
+    run = persist(read)
     try:
         bridge.call(callback, (run, value), {}, Body(soft_limit=CALLBACK_LIMIT))
     except (Exception, asyncio.CancelledError) as error:
@@ -121,7 +121,7 @@ def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:
             with at.database.transaction() as tx:
                 held.remark(tx, claim.id, claim.claim_no, note)
 
-        persist(at, write)
+        persist(write)
 
 
 def let_go(task: Any) -> None:
@@ -142,7 +142,7 @@ def let_go(task: Any) -> None:
         with hold.station.database.transaction() as tx:
             held.let_go(tx, hold.claim.id, hold.claim.claim_no)
 
-    persist(hold.station, write)
+    persist(write)
 
 
 def delivered(task: Any, hold: Hold, redact: tuple[str, ...]) -> Delivered:
