@@ -195,12 +195,6 @@ def put_many(tx: Connection, new: list[Schedule], now: datetime) -> None:
         tx.execute(insert(schedules), [_to_row(replace(item, created_at=now, updated_at=now)) for item in new])
 
 
-def count_by_state(tx: Connection, app: str) -> dict[ScheduleState, int]:
-    """How many schedules an app has in each state."""
-    rows = tx.execute(select(schedules.c.state, func.count()).where(schedules.c.app == app).group_by(schedules.c.state))
-    return {ScheduleState(state): count for state, count in rows}
-
-
 def overdue(tx: Connection, app: str, before: datetime) -> int:
     """How many schedules should have fired before then and did not."""
     query = select(func.count()).select_from(schedules).where(schedules.c.app == app, schedules.c.next_run_at < before)

@@ -162,7 +162,6 @@ def test_schedules_are_found_by_what_people_ask_for(database: Database) -> None:
     assert (found(declared=True), found(declared=False)) == (["2"], ["1", "3"])
     assert found(limit=1) == ["2"]
     with database.transaction() as tx:
-        assert schedules.count_by_state(tx, APP) == {ScheduleState.ACTIVE: 2, ScheduleState.PAUSED: 1}
         assert schedules.get(tx, "5") is None
 
 
