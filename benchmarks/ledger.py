@@ -157,7 +157,7 @@ def figures_of(kind: str, costs: dict[str, list[float]], idle: float, store: lis
     ]  # fmt: skip
     differences = [recorded - plain for recorded, plain in zip(costs["recorded"], costs["plain"], strict=True)]
     alike = [recorded - plain for recorded, plain in zip(costs["recorded"], costs["plain_alike"], strict=True)]
-    ratio = median(costs["recorded"]) / median(costs["plain"])
+    ratio = median(recorded / plain for recorded, plain in zip(costs["recorded"], costs["plain"], strict=True))
     beside = (
         f"{ratio:.2f} of plain; {spread(differences)}; {median(alike):.0f} us against the one with the same options"
     )

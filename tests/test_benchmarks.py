@@ -1,13 +1,16 @@
 """The benchmarks run, at a tiny size; what they measure is asserted nowhere."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.__main__ import BENCHMARKS
+from benchmarks.stage import cpu_seconds_of
 
 REPOSITORY = Path(__file__).parents[1]
 #: Options that make one small.
@@ -60,3 +63,13 @@ def test_benchmark_reports_its_figures_for_a_database(name: str, database: str) 
 def test_every_benchmark_is_tried() -> None:
     """A new benchmark is to be in the table above."""
     assert set(TINY) == set(BENCHMARKS)
+
+
+def test_cpu_time_is_measured_finer_than_a_clock_tick() -> None:
+    """A millisecond of work is not zero: figures are divided by each other."""
+    before, began = cpu_seconds_of(os.getpid()), time.process_time()
+    while time.process_time() - began < 0.001:
+        pass
+    os.sched_yield()  # the kernel counts when a process gives the core away
+
+    assert cpu_seconds_of(os.getpid()) > before
