@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,22 +72,48 @@ def tasks(project: Project) -> Any:
 
 
 @contextlib.contextmanager
-def frozen(worker: CeleryProcess) -> Iterator[None]:
-    """SIGSTOP a worker and its children, then let them go on."""
+def frozen(worker: CeleryProcess, project: Project) -> Iterator[None]:
+    """SIGSTOP a worker and its children, then let them go on.
+
+    Not inside a transaction: on SQLite that would hold up everybody for as long as it lasts.
+    """
     family = [psutil.Process(worker.pid), *worker.family()]
-    for member in family:
-        member.suspend()
-    try:
-        yield
-    finally:
+
+    def freeze() -> bool:
+        for member in family:
+            member.suspend()
+        if is_writable(project):
+            return True
+        resume()
+        return False
+
+    def resume() -> None:
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.resume()
 
+    wait_until(freeze, 30, "the worker to be frozen outside of a transaction")
+    try:
+        yield
+    finally:
+        resume()
+
+
+def is_writable(project: Project) -> bool:
+    """Whether nobody holds SQLite's write lock for longer than a moment."""
+    path = project.database_url.removeprefix("sqlite:///")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=0.5)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+        connection.execute("ROLLBACK")
+        return True
+
 
 @pytest.mark.parametrize("function", ["passes", "passes_sync"])
 def test_late_worker_writes_nothing_while_another_runs_its_run(
-    function: str, start_worker: Start, tasks: Any, ledger: Ledger
+    function: str, project: Project, start_worker: Start, tasks: Any, ledger: Ledger
 ) -> None:
     """Frozen past its lease, then back: its attempt stops, and what the run becomes is the other worker's doing."""
     name = f"{function} meanwhile"
@@ -94,7 +121,7 @@ def test_late_worker_writes_nothing_while_another_runs_its_run(
     result = tasks[function].delay(name)
     [first] = ledger.notes(name, 1)
 
-    with frozen(late):
+    with frozen(late, project):
         start_worker(concurrency=1)
         second = ledger.notes(name, 2)[1]
     if function == "passes":
@@ -122,7 +149,7 @@ def test_late_worker_writes_nothing_after_another_ended_its_run(
     result = tasks["passes_sync"].delay(name)
     [first] = ledger.notes(name, 1)
 
-    with frozen(late):
+    with frozen(late, project):
         other = start_worker(concurrency=1)
         second = ledger.notes(name, 2)[1]
         ledger.open_gate(f"{name} {second}")
