@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from datetime import timedelta
-from typing import Final
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any, Final
 
 from llmtasks import sender
 from llmtasks.dispatch import Station, publish, relay_due
@@ -60,13 +61,27 @@ class Keeper:
             BrokerUnavailableError: The broker does not; what was moved stays in the outbox.
         """
         self._notice_gap()
-        moved = sum(step() for step in (self._rescue, self._start_retries, self._promote, self._send_ends))
-        moved += relay_due(self._at)
+        at, now = self._at, self._at.database.now()
+        silent_since = now - at.settings.lease_time
+        # Not only reading: on SQLite this waits as long as owners wait to write their stamps, and so learns of it.
+        with at.database.transaction() as tx:
+            work = rescue.work(tx, at.name, silent_since, now)
+        moved = 0
+        if work.lost and time.monotonic() >= self._trust_stamps_at:
+            moved += self._rescue(silent_since, now)
+        if work.retries:
+            moved += self._moved(rescue.start_retries, now)
+        if work.waiting:
+            moved += self._moved(rescue.promote, now)
+        if work.untold:
+            with at.database.transaction() as tx:
+                moved += len(rescue.send_ends(tx, at.name, silent_since, now))
+        moved += relay_due(at)
         if time.monotonic() - self._slow_at >= SLOW_PAUSE:
             self._slow_at = time.monotonic()
             moved += self._republish()
-            with self._at.database.transaction() as tx:
-                processes.forget_silent(tx, self._at.database.now())
+            with at.database.transaction() as tx:
+                processes.forget_silent(tx, at.database.now())
         return moved
 
     def _loop(self) -> None:
@@ -103,30 +118,18 @@ class Keeper:
         until = time.monotonic() + self._at.settings.heartbeat + 1
         self._trust_stamps_at = max(self._trust_stamps_at, until)
 
-    def _rescue(self) -> int:
-        if time.monotonic() < self._trust_stamps_at:
-            return 0
-        at, now = self._at, self._at.database.now()
+    def _rescue(self, silent_since: datetime, now: datetime) -> int:
+        at = self._at
         failure = sender.lost_failure(at.app)
         with at.database.transaction() as tx:
-            lost = rescue.lose_silent(tx, at.name, now - at.settings.lease_time, now, failure)
+            lost = rescue.lose_silent(tx, at.name, silent_since, now, failure)
         if lost:
             logger.warning("%d runs lost their worker and are dispatched again", len(lost))
         return len(lost)
 
-    def _start_retries(self) -> int:
-        now = self._at.database.now()
+    def _moved(self, step: Callable[[Any, str, datetime], list[str]], now: datetime) -> int:
         with self._at.database.transaction() as tx:
-            return len(rescue.start_retries(tx, self._at.name, now))
-
-    def _promote(self) -> int:
-        with self._at.database.transaction() as tx:
-            return len(rescue.promote(tx, self._at.name, self._at.database.now()))
-
-    def _send_ends(self) -> int:
-        now = self._at.database.now()
-        with self._at.database.transaction() as tx:
-            return len(rescue.send_ends(tx, self._at.name, now - self._at.settings.lease_time, now))
+            return len(step(tx, self._at.name, now))
 
     def _republish(self) -> int:
         """Send queued runs again that the broker may have lost: soon if their queue is empty, else ever more seldom."""

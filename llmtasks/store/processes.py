@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import Connection, RowMapping, delete, select
+from sqlalchemy import Connection, RowMapping, bindparam, delete, select
 
 from llmtasks.store.rows import insert_into, processes, values_of
 
 #: A process that is silent for this long is forgotten.
 FORGET_AFTER: Final = timedelta(hours=1)
+_FORGET: Final = delete(processes).where(processes.c.heartbeat_at < bindparam("before"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ def alive(tx: Connection, app: str, since: datetime, kind: str | None = None) ->
 
 def forget_silent(tx: Connection, now: datetime) -> None:
     """Delete the rows of processes that are long gone."""
-    tx.execute(delete(processes).where(processes.c.heartbeat_at < now - FORGET_AFTER))
+    tx.execute(_FORGET, {"before": now - FORGET_AFTER})
 
 
 def _process(row: RowMapping) -> Process:

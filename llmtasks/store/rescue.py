@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import ColumnElement, Connection, and_, case, literal, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, literal, null, or_, select, update
 
 from llmtasks.message import DELIVER
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.rows import UtcDateTime, runs
+from llmtasks.store.rows import UtcDateTime, runs, state_in, values_of
 
 #: Rows that one keeper takes in one transaction.
 BATCH: Final = 200
@@ -22,6 +23,42 @@ DELIVERY_DOUBLINGS: Final = 6
 REPUBLISH_AFTER: Final = timedelta(minutes=10)
 #: A queued run whose queue is empty is published again when queued for longer than this.
 EMPTY_QUEUE_PATIENCE: Final = timedelta(seconds=30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Which of a keeper's steps may find something: most rounds find nothing, and a look is cheap."""
+
+    lost: bool
+    retries: bool
+    waiting: bool
+    untold: bool
+
+
+_OPEN: Final = and_(runs.c.app == bindparam("of_app"), ~runs.c.delivered)
+_WORK: Final = select(
+    exists()
+    .where(_OPEN, runs.c.state == RunState.RUNNING, runs.c.heartbeat_at < bindparam("silent_since"))
+    .label("lost"),
+    exists()
+    .where(_OPEN, runs.c.state == RunState.RETRYING, runs.c.next_attempt_at <= bindparam("now"))
+    .label("retries"),
+    exists().where(_OPEN, runs.c.state == RunState.WAITING).label("waiting"),
+    exists()
+    .where(
+        _OPEN,
+        state_in(ENDED),
+        runs.c.func_name != "",
+        or_(runs.c.owner.is_(None), runs.c.heartbeat_at < bindparam("silent_since")),
+    )
+    .label("untold"),
+)
+
+
+def work(tx: Connection, app: str, silent_since: datetime, now: datetime) -> Work:
+    """What a keeper has to do now."""
+    found = tx.execute(_WORK, {"of_app": app, "silent_since": silent_since, "now": now}).mappings().one()
+    return Work(**{name: bool(value) for name, value in values_of(found).items()})
 
 
 def lose_silent(tx: Connection, app: str, silent_since: datetime, now: datetime, failure: str) -> list[str]:

@@ -341,3 +341,42 @@ def test_keepers_do_not_read_what_is_over(database: Database) -> None:
             plan = "\n".join(str(line) for line in tx.exec_driver_sql(explain + statement, parameters))
             assert "SCAN" not in plan, statement + plan
             assert "Seq Scan on llmtasks_runs" not in plan, statement + plan
+
+
+def work(database: Database, at: float) -> set[str]:
+    """The steps for which a keeper's look finds something."""
+    with database.reading() as connection:
+        found = rescue.work(connection, APP, later(at) - LEASE, later(at))
+    return {name for name in rescue.Work.__dataclass_fields__ if getattr(found, name)}
+
+
+def test_look_finds_nothing_where_nothing_is_to_be_done(database: Database) -> None:
+    """Queued and running runs, ends that were told and ends whose owner is about to tell them need no keeper."""
+    opened(database, new_run("queued"))
+    publish(database, "queued")
+    held(database, "running")
+    ended(database, held(database, "told"), delivered=True)
+    ended(database, held(database, "kept"), keeps_owner=True)
+
+    assert work(database, 1) == set()
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"state": RunState.RUNNING, "owner": "host/two", "heartbeat_at": NOW}, "lost"),
+        ({"state": RunState.RETRYING, "next_attempt_at": later(13)}, "retries"),
+        ({"state": RunState.WAITING}, "waiting"),
+        ({"state": RunState.SUCCEEDED, "ended_at": NOW}, "untold"),
+        ({"state": RunState.FAILED, "ended_at": NOW, "owner": "host/two", "heartbeat_at": NOW}, "untold"),
+    ],
+)
+def test_look_finds_what_a_step_would(database: Database, values: dict[str, Any], found: str) -> None:
+    """Each step's work is seen by the look that comes before it; of other apps it sees nothing."""
+    opened(database, new_run("a"), new_run("b", app="another"))
+    set_run(database, "a", **values)
+    set_run(database, "b", **values)
+
+    assert work(database, 13) == {found}
+    set_run(database, "a", delivered=True)
+    assert work(database, 13) == set()
