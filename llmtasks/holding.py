@@ -25,8 +25,9 @@ from llmtasks.bridge import Body, NotYours
 from llmtasks.dispatch import Station, relay
 from llmtasks.errors import DatabaseUnavailableError, LLMTasksError, SchemaOutdatedError
 from llmtasks.states import RunState
-from llmtasks.store import claims, held
-from llmtasks.store.claims import Claim, End
+from llmtasks.store import ends, held
+from llmtasks.store.claims import Claim
+from llmtasks.store.ends import End
 from llmtasks.store.held import Delivered
 
 logger = logging.getLogger(__name__)
@@ -251,7 +252,7 @@ class Holdings:
         """
         how = End(state=RunState.CANCELLED, reason=reason)
         with hold.station.database.transaction() as tx:
-            ended, handed = claims.end(tx, hold.claim, how, hold.station.database.now())
+            ended, handed = ends.end(tx, hold.claim, how, hold.station.database.now())
         if ended:
             relay(hold.station, handed)
             logger.warning("run %s is cancelled: its process ends, the pool starts another", hold.claim.id)

@@ -19,7 +19,7 @@ from llmtasks.bridge import NotYours
 from llmtasks.holding import Cancelled, Hold, hold_of, holdings
 from llmtasks.options import TaskOptions
 from llmtasks.states import ENDED, RunState
-from llmtasks.store.claims import End
+from llmtasks.store.ends import End
 
 __all__ = ["after_return", "call_body", "current", "hold_of", "is_telling", "let_go", "replaced", "run_attempt"]
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def claim_run(task: Any, options: TaskOptions) -> Hold:
-    """Take the run and its slots in one transaction.
+    """Take the run and its slots in one transaction, which is one statement for a run without a limit.
 
     Raises:
         Ignore: It is not ours to run now; the message is done with.
@@ -49,8 +49,13 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
 
     def take() -> tuple[Claim | None, str | None]:
         now = at.database.now()
+        silent_since = now - at.settings.lease_time
+        with at.database.lone() as lone:
+            found = claims.claim_slotless(lone, offer, now, silent_since)
+        if found is not None:
+            return found, None
         with at.database.transaction() as tx:
-            found = claims.claim(tx, offer, now, now - at.settings.lease_time)
+            found = claims.claim(tx, offer, now, silent_since)
             if found is None or found.state in ENDED:
                 return found, None
             full = claims.take_slots(tx, at.name, task.name, found, now)

@@ -18,8 +18,8 @@ from llmtasks.holding import Hold, holdings, persist
 from llmtasks.options import TaskOptions
 from llmtasks.retry import backoff_delay
 from llmtasks.states import RunState
-from llmtasks.store import claims
-from llmtasks.store.claims import End
+from llmtasks.store import ends
+from llmtasks.store.ends import End
 
 #: Celery's default for ``retry_backoff_max``, seconds.
 BACKOFF_MAX: Final = 600.0
@@ -35,8 +35,11 @@ def finish(hold: Hold, how: End) -> None:
     how = _measured(hold, how)
 
     def write() -> tuple[bool, list[str]]:
+        if ends.is_lone(hold.claim, how):
+            with at.database.lone() as lone:
+                return ends.end_lone(lone, hold.claim, how, at.database.now()), []
         with at.database.transaction() as tx:
-            return claims.end(tx, hold.claim, how, at.database.now())
+            return ends.end(tx, hold.claim, how, at.database.now())
 
     ours, handed = (False, []) if hold.lost else persist(write)
     if not ours or not how.keeps_owner:

@@ -1,17 +1,33 @@
-"""Claims: taking a run and ending its attempt. Every write after the claim is fenced by its claim_no."""
+"""Claims: taking a run, with its slots. Every write after the claim is fenced by its claim_no."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import Connection, Text, and_, bindparam, case, func, literal_column, null, or_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    literal_column,
+    null,
+    or_,
+    true,
+    update,
+)
 
 from llmtasks.states import CLAIMABLE, ENDED, RunState
-from llmtasks.store import outbox, slots
+from llmtasks.store import slots
+from llmtasks.store.lone import Lone
 from llmtasks.store.prepared import Prepared
 from llmtasks.store.rows import UtcDateTime, insert_into, runs, state_in
+from llmtasks.store.rows import slots as slot_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,39 +75,20 @@ class Claim:
     cancel_requested_at: datetime | None
     created_at: datetime
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """How an attempt ended; ``result`` and ``failure`` are JSON texts."""
-
-    state: RunState
-    #: Whether it counts as one of the run's attempts.
-    counts: bool = True
-    #: Whether the worker keeps the run until its end is delivered.
-    keeps_owner: bool = False
-    delivered: bool = False
-    reason: str | None = None
-    result: str | None = None
-    error: str | None = None
-    failure: str | None = None
-    traceback: str | None = None
-    next_attempt_at: datetime | None = None
-    run_seconds: float | None = None
-    cpu_seconds: float | None = None
-    peak_memory: int | None = None
-    args: str | None = None
-    kwargs: str | None = None
-    replacement: str | None = None
+    @property
+    def is_slotless(self) -> bool:
+        """Whether nothing limits how many such runs there may be at once."""
+        return self.function_slots is None and self.schedule_slots is None
 
 
 _RETURNED: Final = [runs.c[name] for name in Claim.__dataclass_fields__]
 
 
-def _claim(dialect: str) -> Any:
+def _claim(dialect: str, *, slotless: bool = False) -> Any:
     """Insert the run or take it; no row back means that it is not ours to run.
 
     Taken is what is claimable and not superseded by a later attempt, and an end that nobody holds and Celery was not
-    told.
+    told; where ``slotless``, of these only what has no limit and holds no slot.
     """
     names = [*Offer.__dataclass_fields__]
     statement = insert_into(runs, dialect).values(
@@ -130,26 +127,29 @@ def _claim(dialect: str) -> Any:
             "function_slots": new.function_slots,
             "replacement": null(),
         },
-        where=or_(
-            and_(startable, new.attempts >= runs.c.attempts),
-            and_(
-                state_in(ENDED),
-                ~runs.c.delivered,
-                or_(runs.c.owner.is_(None), runs.c.heartbeat_at < bindparam("silent_since", type_=UtcDateTime())),
-            ),
+        where=and_(
+            runs.c.schedule_slots.is_(None) if slotless else true(),
+            ~exists().where(slot_rows.c.run_id == runs.c.id) if slotless else true(),
+            _takeable(startable, new),
         ),
     ).returning(*_RETURNED)
 
 
+def _takeable(startable: ColumnElement[bool], new: Any) -> ColumnElement[bool]:
+    """Whether a run that is in the ledger may be taken."""
+    return or_(
+        and_(startable, new.attempts >= runs.c.attempts),
+        and_(
+            state_in(ENDED),
+            ~runs.c.delivered,
+            or_(runs.c.owner.is_(None), runs.c.heartbeat_at < bindparam("silent_since", type_=UtcDateTime())),
+        ),
+    )
+
+
 _CLAIM: Final = Prepared(_claim, _RETURNED)
+_CLAIM_SLOTLESS: Final = Prepared(partial(_claim, slotless=True), _RETURNED)
 _OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
-#: Somebody asked to cancel the run: it has no next attempt.
-_GIVEN_UP: Final = and_(
-    runs.c.cancel_requested_at.is_not(None),
-    or_(*(bindparam("to") == state.value for state in (RunState.RETRYING, RunState.QUEUED, RunState.PENDING))),
-)
-#: Another function takes the run's place, from its first attempt on; it brings its own message.
-_REPLACED: Final = and_(bindparam("instead", type_=Text()).is_not(None), ~_GIVEN_UP)
 _WAIT: Final = (
     update(runs)
     .where(_OURS)
@@ -159,40 +159,6 @@ _WAIT: Final = (
         ended_at=bindparam("at"), delivered=bindparam("told"),
     )
 )  # fmt: skip
-_ENDING: Final = (
-    update(runs)
-    .where(_OURS, runs.c.state == RunState.RUNNING)
-    .values(
-        state=case((_GIVEN_UP, RunState.CANCELLED.value), else_=bindparam("to")),
-        attempts=case((_REPLACED, 0), else_=runs.c.attempts + bindparam("counted")),
-        max_retries=case((_REPLACED, null()), else_=runs.c.max_retries),
-        owner=case((bindparam("keeps") == 1, runs.c.owner), else_=null()),
-        heartbeat_at=bindparam("now"),
-        delivered=bindparam("told"),
-        # Back in its queue: from now on it may be missed there.
-        published_at=case(
-            (bindparam("to") == RunState.QUEUED.value, bindparam("now", type_=UtcDateTime())),
-            else_=runs.c.published_at,
-        ),
-        ended_at=case(
-            (_GIVEN_UP, bindparam("now", type_=UtcDateTime())), else_=bindparam("ended", type_=UtcDateTime())
-        ),
-        reason=case((_GIVEN_UP, runs.c.reason), else_=bindparam("why", type_=Text())),
-        result=bindparam("value"),
-        error=bindparam("line"),
-        failure=bindparam("packed"),
-        traceback=bindparam("trace"),
-        next_attempt_at=case((_GIVEN_UP, null()), else_=bindparam("again_at", type_=UtcDateTime())),
-        run_seconds=bindparam("wall"),
-        cpu_seconds=bindparam("cpu"),
-        peak_memory=bindparam("peak"),
-        args=func.coalesce(bindparam("new_args", type_=Text()), runs.c.args),
-        kwargs=func.coalesce(bindparam("new_kwargs", type_=Text()), runs.c.kwargs),
-        envelope=case((_REPLACED, null()), else_=runs.c.envelope),
-        replacement=case((_REPLACED, bindparam("instead", type_=Text())), else_=null()),
-    )
-)
-_END: Final = Prepared(lambda _dialect: _ENDING)
 
 
 def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -> Claim | None:
@@ -201,10 +167,27 @@ def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -
     Args:
         silent_since: An owner whose stamp is older than this holds nothing any more.
     """
+    return _taken(_CLAIM.one(tx, _values(offer, now, silent_since)))
+
+
+def claim_slotless(lone: Lone, offer: Offer, now: datetime, silent_since: datetime) -> Claim | None:
+    """Take a run that needs no slot, in this one statement.
+
+    Returns:
+        None where it is not ours to take, or needs a transaction: its schedule limits it, or it holds a slot.
+    """
+    if offer.function_slots is not None:
+        return None
+    return _taken(_CLAIM_SLOTLESS.one(lone, _values(offer, now, silent_since)))
+
+
+def _values(offer: Offer, now: datetime, silent_since: datetime) -> dict[str, Any]:
     values = {name: getattr(offer, name) for name in Offer.__dataclass_fields__}
     values["created_at"] = offer.created_at or now
-    values |= {"now": now, "silent_since": silent_since}
-    row = _CLAIM.one(tx, values)
+    return values | {"now": now, "silent_since": silent_since}
+
+
+def _taken(row: list[Any] | None) -> Claim | None:
     if row is None:
         return None
     found = dict(zip(Claim.__dataclass_fields__, row, strict=True))
@@ -246,46 +229,3 @@ def put_aside(tx: Connection, claim: Claim, state: RunState, reason: str, now: d
             "told": ended,
         },
     )
-
-
-def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, list[str]]:
-    """End the attempt of a claim; its slots go to whoever waits first, what takes its place goes to the outbox.
-
-    Returns:
-        Whether the run was still ours, and the ids of the runs that got its slots.
-    """
-    ended = how.state in ENDED
-    values = {
-        "run_id": claim.id,
-        "claim": claim.claim_no,
-        "to": how.state,
-        "counted": int(how.counts),
-        "keeps": int(how.keeps_owner),
-        "now": now,
-        "told": how.delivered,
-        "ended": now if ended else None,
-        "why": _storable(how.reason),
-        "value": how.result,
-        "line": _storable(how.error),
-        "packed": how.failure,
-        "trace": _storable(how.traceback),
-        "again_at": how.next_attempt_at,
-        "wall": how.run_seconds,
-        "cpu": how.cpu_seconds,
-        "peak": how.peak_memory,
-        "new_args": how.args,
-        "new_kwargs": how.kwargs,
-        "instead": how.replacement,
-    }
-    if _END.count(tx, values) != 1:
-        return False, []
-    if how.replacement is not None:
-        outbox.put_pending(tx, claim.id, now)
-    if claim.function_slots is None and claim.schedule_slots is None:
-        return True, []
-    return True, slots.free(tx, claim.id, now)
-
-
-def _storable(text: str | None) -> str | None:
-    """``text`` as every database takes it: an error's message may hold NUL, or halves of UTF-16 pairs."""
-    return None if text is None else text.encode(errors="backslashreplace").decode().replace("\0", "\\0")

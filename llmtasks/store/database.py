@@ -16,20 +16,17 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
+from sqlalchemy import Connection, Engine, exc, make_url, text
 
 from llmtasks.errors import ConfigurationError, DatabaseUnavailableError, SchemaOutdatedError
+from llmtasks.store.engines import make_engine, use_wal
 from llmtasks.store.forking import fork_gate
-from llmtasks.store.pinging import ping_idle
+from llmtasks.store.lone import Lone, LoneConnections
 from llmtasks.store.rows import SCHEMA_VERSION, VERSION_TABLE
 
-#: Seconds a SQLite writer waits for another one; 5 s, sqlite3's default, lost results under load.
-SQLITE_BUSY_TIMEOUT: Final = 30.0
-#: Seconds a connection attempt to a server may take.
-CONNECT_TIMEOUT: Final = 5
 #: Seconds after which the difference to the server's clock is measured again.
 CLOCK_REFRESH: Final = 10.0
 
@@ -51,6 +48,7 @@ class Database:
             )
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._lones = LoneConnections()
         self._ready = False
         self._offset: timedelta | None = None
         self._measured = -CLOCK_REFRESH
@@ -80,6 +78,12 @@ class Database:
         """A read transaction; it never waits for writers on SQLite. Raises as ``transaction`` does."""
         with fork_gate.entered(), self._unavailable(), self._ready_engine.connect() as connection:
             yield connection
+
+    @contextmanager
+    def lone(self) -> Generator[Lone]:
+        """A connection on which each statement is a transaction of its own. Raises as ``transaction`` does."""
+        with fork_gate.entered(), self._unavailable(), self._lones.taken(self._ready_engine) as lone:
+            yield lone
 
     def now(self) -> datetime:
         """This instant by the database's clock, so that every host compares with the same one.
@@ -114,13 +118,14 @@ class Database:
         engine = self._open_engine()
         with fork_gate.entered(), self._unavailable(), self._alone():
             if self.is_sqlite:
-                _use_wal(engine)
+                use_wal(engine)
             _move(engine, target)
 
     def close(self) -> None:
         """Give back every connection; the next call opens new ones."""
         with self._lock:
             engine, self._engine, self._ready = self._engine, None, False
+        self._lones.close()
         if engine is not None:
             engine.dispose()
 
@@ -128,8 +133,8 @@ class Database:
         """In a forked child: neither use nor close what the parent opened (sqlite.org/howtocorrupt.html, 2.6)."""
         self._lock = threading.Lock()
         if self._engine is not None:
-            _inherited.append(self._engine)
-        self._engine, self._ready = None, False
+            _inherited.append((self._engine, self._lones))
+        self._engine, self._lones, self._ready = None, LoneConnections(), False
 
     @property
     def _ready_engine(self) -> Engine:
@@ -156,27 +161,7 @@ class Database:
         with self._lock:
             if self._engine is not None:
                 return self._engine
-            if self.is_sqlite:
-                Path(str(self.url.database)).parent.mkdir(parents=True, exist_ok=True)
-                arguments: dict[str, Any] = {
-                    "timeout": SQLITE_BUSY_TIMEOUT,
-                    "check_same_thread": False,
-                    "isolation_level": None,
-                }
-            else:
-                arguments = {"connect_timeout": CONNECT_TIMEOUT}
-            try:
-                engine = create_engine(self.url, connect_args=arguments, pool_size=5, max_overflow=50)
-            except ImportError as error:
-                raise ConfigurationError(
-                    f"database {self.url.render_as_string()!r}: its driver is missing ({error}); "
-                    f"install llmtasks[{self.dialect}]"
-                ) from error
-            if self.is_sqlite:
-                event.listen(engine, "connect", _tune_sqlite)
-                event.listen(engine, "begin", _begin_sqlite)
-            else:
-                ping_idle(engine)
+            engine = make_engine(self.url)
             self._engine = engine
             return engine
 
@@ -186,7 +171,7 @@ class Database:
             if _version(connection) == SCHEMA_VERSION:
                 return
         with self._alone():
-            _use_wal(engine)
+            use_wal(engine)
             with engine.connect() as connection:
                 found = _version(connection)
             if found != SCHEMA_VERSION:
@@ -234,8 +219,8 @@ class Database:
 
 _databases: dict[str, Database] = {}
 _all: Final[WeakSet[Database]] = WeakSet()
-#: Engines of the parent process, kept so that no destructor closes its connections in a child.
-_inherited: list[Engine] = []
+#: What the parent process had open, kept so that no destructor closes its connections in a child.
+_inherited: list[tuple[Engine, LoneConnections]] = []
 
 
 def database_at(url: str) -> Database:
@@ -254,34 +239,12 @@ def _forget_inherited() -> None:
 os.register_at_fork(after_in_child=_forget_inherited)
 
 
-def _tune_sqlite(connection: Any, _record: object) -> None:
-    # WAL with NORMAL survives the death of any process; only a power cut may take the last transactions.
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _use_wal(engine: Engine) -> None:
-    """Readers never wait for writers, and a commit does not wait for the disk; the file keeps the mode."""
-    with engine.connect() as connection:
-        connection.rollback()  # no mode changes inside a transaction
-        raw = connection.connection.dbapi_connection
-        assert raw is not None
-        raw.cursor().execute("PRAGMA journal_mode=WAL")
-
-
 def _move(engine: Engine, target: str) -> None:
     from llmtasks.store import migrations  # Alembic takes 0.2 s to import and is seldom needed
 
     with engine.execution_options(write=True).begin() as connection:
         migrations.lock(connection)
         migrations.move(connection, target)
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # A deferred transaction that turns into a writer fails at once with "database is locked" instead of waiting.
-    raw = connection.connection.dbapi_connection
-    assert raw is not None
-    # Past SQLAlchemy, which takes 15 us to execute it; _unavailable knows the driver's own error.
-    raw.cursor().execute("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
 
 
 def _version(connection: Connection) -> str | None:

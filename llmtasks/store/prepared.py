@@ -12,6 +12,8 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, Dialect
 
+from llmtasks.store.lone import Lone
+
 Convert = Callable[[Any], Any]
 
 
@@ -20,17 +22,18 @@ class _Compiled:
     """A statement as the driver takes it."""
 
     sql: str
-    #: For each name the value that the statement itself has for it, and how a value is converted.
-    own: Mapping[str, tuple[Any, Convert | None]]
+    #: The values that the statement itself has for its names.
+    own: Mapping[str, Any]
+    #: How the values of some names are converted.
+    converts: Sequence[tuple[str, Convert]]
     #: The names in the driver's order where it counts its parameters; None where it names them.
     order: Sequence[str] | None
 
     def bound(self, values: Mapping[str, Any]) -> Any:
         """Values as the driver takes them."""
-        given = {
-            name: values.get(name, own) if convert is None else convert(values.get(name, own))
-            for name, (own, convert) in self.own.items()
-        }
+        given = {**self.own, **values}
+        for name, convert in self.converts:
+            given[name] = convert(given[name])
         return given if self.order is None else [given[name] for name in self.order]
 
 
@@ -49,7 +52,7 @@ class Prepared:
         #: How the values of a returned row are converted.
         self._results: dict[str, list[Convert | None]] = {}
 
-    def one(self, tx: Connection, values: Mapping[str, Any]) -> list[Any] | None:
+    def one(self, tx: Connection | Lone, values: Mapping[str, Any]) -> list[Any] | None:
         """Run it; returns its row, whose columns are those of ``returning``, or None."""
         cursor = _run(tx, self._of(tx.dialect), values)
         row = cursor.fetchone()
@@ -61,7 +64,7 @@ class Prepared:
         cursor.close()
         return [value if convert is None else convert(value) for value, convert in zip(row, converts, strict=True)]
 
-    def count(self, tx: Connection, values: Mapping[str, Any]) -> int:
+    def count(self, tx: Connection | Lone, values: Mapping[str, Any]) -> int:
         """Run it; returns how many rows it changed."""
         rowcount: int = _run(tx, self._of(tx.dialect), values).rowcount
         return rowcount
@@ -76,11 +79,13 @@ class Prepared:
 def _compile(statement: Any, dialect: Dialect) -> _Compiled:
     compiled = statement.compile(dialect=dialect)
     types = {name: bind.type for bind, name in compiled.bind_names.items()}
-    own = {
-        name: (compiled.params[name], kind.dialect_impl(dialect).bind_processor(dialect))
-        for name, kind in types.items()
-    }
-    return _Compiled(sql=str(compiled), own=own, order=compiled.positiontup if compiled.positional else None)
+    converts = {name: kind.dialect_impl(dialect).bind_processor(dialect) for name, kind in types.items()}
+    return _Compiled(
+        sql=str(compiled),
+        own={name: compiled.params[name] for name in types},
+        converts=[(name, convert) for name, convert in converts.items() if convert is not None],
+        order=compiled.positiontup if compiled.positional else None,
+    )
 
 
 def _converts(returning: Sequence[Column[Any]], dialect: Dialect, cursor: Any) -> list[Convert | None]:
@@ -90,9 +95,11 @@ def _converts(returning: Sequence[Column[Any]], dialect: Dialect, cursor: Any) -
     ]
 
 
-def _run(tx: Connection, compiled: _Compiled, values: Mapping[str, Any]) -> Any:
+def _run(tx: Connection | Lone, compiled: _Compiled, values: Mapping[str, Any]) -> Any:
     """Run a statement; returns the driver's own cursor, or SQLAlchemy's result, whose rows are the driver's."""
     bound = compiled.bound(values)
+    if isinstance(tx, Lone):
+        return tx.execute(compiled.sql, bound)
     if tx.dialect.name == "sqlite":  # no connection to lose; Database knows what the driver raises
         return tx.connection.cursor().execute(compiled.sql, bound)
     return tx.exec_driver_sql(compiled.sql, bound)

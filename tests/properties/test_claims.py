@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from llmtasks.states import ENDED, FOLLOWS, RunState
-from llmtasks.store import cancelling, claims, held, rescue, rows
-from llmtasks.store.claims import Claim, End
+from llmtasks.store import cancelling, claims, ends, held, rescue, rows
+from llmtasks.store.claims import Claim
 from llmtasks.store.database import Database
+from llmtasks.store.ends import End
 from llmtasks.store.held import Delivered
 from tests.store.rows_of import APP, LEASE, NOW, offer
 
@@ -70,7 +71,7 @@ class OneRun(RuleBasedStateMachine):
         counts = state is not RunState.QUEUED
         with self.database.transaction() as tx:
             how = End(state=state, counts=counts, keeps_owner=keeps and state in ENDED, next_attempt_at=again)
-            ours, _ = claims.end(tx, found, how, self.now)
+            ours, _ = ends.end(tx, found, how, self.now)
         assert ours == (before.claim_no == found.claim_no and before.state == RunState.RUNNING)
         if not ours:
             assert self.row == before, "a late owner changes nothing"

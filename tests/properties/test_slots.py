@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from llmtasks.states import ENDED, RunState
-from llmtasks.store import cancelling, claims, outbox, rescue, rows, runs
-from llmtasks.store.claims import Claim, End, Offer
+from llmtasks.store import cancelling, claims, ends, outbox, rescue, rows, runs
+from llmtasks.store.claims import Claim, Offer
 from llmtasks.store.database import Database
+from llmtasks.store.ends import End
 from tests.store.rows_of import APP, LEASE, NOW, new_run, offer
 
 FUNCTIONS = {"index": 2, "mail": 1, "free": None}
@@ -79,7 +80,7 @@ class Slots(RuleBasedStateMachine):
             return
         again = self.now if state is RunState.RETRYING else None
         with self.database.transaction() as tx:
-            claims.end(tx, found, End(state=state, next_attempt_at=again), self.now)
+            ends.end(tx, found, End(state=state, next_attempt_at=again), self.now)
 
     @rule()
     def lose(self) -> None:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 from sqlalchemy import select, update
 
 from llmtasks.states import RunState
-from llmtasks.store import claims, outbox, rows, runs
-from llmtasks.store.claims import Claim, End, Offer
+from llmtasks.store import claims, ends, outbox, rows, runs
+from llmtasks.store.claims import Claim, Offer
 from llmtasks.store.database import Database
+from llmtasks.store.ends import End
 from llmtasks.store.runs import NewRun
 from llmtasks.store.schedules import Schedule
 
@@ -73,6 +74,13 @@ def opened(database: Database, *new: NewRun, at: datetime = NOW) -> None:
 
 
 def claimed(database: Database, run_id: str, at: datetime = NOW, **changes: Any) -> Claim | None:
+    """Claim a run as a worker does: in one statement, or in a transaction where that is not enough."""
+    with database.lone() as lone:
+        claim = claims.claim_slotless(lone, offer(run_id, **changes), at, at - LEASE)
+    return claim or claimed_in_transaction(database, run_id, at, **changes)
+
+
+def claimed_in_transaction(database: Database, run_id: str, at: datetime = NOW, **changes: Any) -> Claim | None:
     """Claim a run in a transaction of its own."""
     with database.transaction() as tx:
         return claims.claim(tx, offer(run_id, **changes), at, at - LEASE)
@@ -104,9 +112,13 @@ def started(database: Database, run_id: str, at: datetime = NOW, **changes: Any)
 def ended(
     database: Database, claim: Claim, state: RunState = RunState.SUCCEEDED, at: datetime = NOW, **how: Any
 ) -> tuple[bool, list[str]]:
-    """End the attempt of a claim in a transaction of its own."""
+    """End the attempt of a claim as a worker does: in one statement, or in a transaction where that is not enough."""
+    end = End(state=state, **how)
+    if ends.is_lone(claim, end):
+        with database.lone() as lone:
+            return ends.end_lone(lone, claim, end, at), []
     with database.transaction() as tx:
-        return claims.end(tx, claim, End(state=state, **how), at)
+        return ends.end(tx, claim, end, at)
 
 
 def row_of(database: Database, run_id: str) -> Any:

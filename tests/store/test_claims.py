@@ -8,8 +8,8 @@ import pytest
 from llmtasks.states import RunState
 from llmtasks.store import cancelling, claims, rescue
 from llmtasks.store import held as holding
-from llmtasks.store.claims import End
 from llmtasks.store.database import Database
+from llmtasks.store.ends import End
 from llmtasks.store.held import Delivered
 from tests.store.rows_of import (
     APP,

@@ -267,7 +267,7 @@ def _answers(database: Database) -> bool:
 
 def test_locked_file_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that waits too long for another one is told so in our own error."""
-    monkeypatch.setattr("llmtasks.store.database.SQLITE_BUSY_TIMEOUT", 0.1)
+    monkeypatch.setattr("llmtasks.store.engines.SQLITE_BUSY_TIMEOUT", 0.1)
     first, second = (Database(f"sqlite:///{tmp_path / 'x.db'}") for _ in range(2))
 
     with (

@@ -1,0 +1,89 @@
+"""Statements that are a transaction of their own: past SQLAlchemy's pool and transactions, in one round trip.
+
+Most runs need one to be claimed and one to be ended; what surrounds a statement costs more than the statement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Dialect, Engine, exc
+
+#: Seconds after which a connection that lay idle is asked whether it still lives.
+IDLE: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lone:
+    """A connection of the driver on which each statement commits by itself."""
+
+    dialect: Dialect
+    driver: Any
+
+    def execute(self, sql: str, values: Any) -> Any:
+        """Run a statement; returns the driver's cursor."""
+        cursor = self.driver.cursor()
+        cursor.execute(sql, values)
+        return cursor
+
+
+class LoneConnections:
+    """An engine's connections for lone statements: as many as are in use at once."""
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[Lone, float]] = []
+
+    @contextmanager
+    def taken(self, engine: Engine) -> Generator[Lone]:
+        """A connection for one caller.
+
+        Raises:
+            DBAPIError: What the driver raised, as SQLAlchemy raises it.
+        """
+        dialect = engine.dialect
+        try:
+            lone = self._take(engine)
+            try:
+                yield lone
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    lone.driver.close()
+                raise
+        except dialect.loaded_dbapi.Error as error:
+            gone = dialect.is_disconnect(error, None, None)
+            raise exc.DBAPIError.instance(
+                None, None, error, dialect.loaded_dbapi.Error, connection_invalidated=gone, dialect=dialect
+            ) from error
+        self._idle.append((lone, time.monotonic()))
+
+    def close(self) -> None:
+        """Close what nobody uses now."""
+        while self._idle:
+            self._idle.pop()[0].driver.close()
+
+    def _take(self, engine: Engine) -> Lone:
+        while self._idle:
+            try:
+                lone, since = self._idle.pop()
+            except IndexError:  # another thread was quicker
+                break
+            if time.monotonic() - since < IDLE or _answers(lone):
+                return lone
+            lone.driver.close()
+        connection = engine.raw_connection()
+        driver: Any = connection.driver_connection
+        connection.detach()
+        engine.dialect.set_isolation_level(driver, "AUTOCOMMIT")
+        return Lone(engine.dialect, driver)
+
+
+def _answers(lone: Lone) -> bool:
+    try:
+        return bool(lone.dialect.do_ping(lone.driver))
+    except lone.dialect.loaded_dbapi.Error:
+        return False
