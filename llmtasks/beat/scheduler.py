@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.beat import Scheduler
@@ -19,14 +20,17 @@ from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, LL
 from llmtasks.keeper import Keeper
 from llmtasks.store import processes
 from llmtasks.store.processes import Process
+from llmtasks.store.waking import Waking
 
 if TYPE_CHECKING:
     import psutil
 
 logger = logging.getLogger(__name__)
 
-#: The longest sleep between two looks at the database: how soon a change by another process takes effect.
-POLL: Final = 0.05
+#: The longest sleep between two ticks: Celery asks often enough whether beat still lives.
+LONGEST_SLEEP: Final = 1.0
+#: Seconds between two ticks while the broker is away.
+NO_BROKER_PAUSE: Final = 0.05
 #: Seconds before another look at due rows that others have locked.
 LOCKED_PAUSE: Final = 0.01
 #: Seconds between two tries while the database is away.
@@ -46,7 +50,7 @@ class ScheduleBeat(Scheduler):
     """
 
     # What the banner shows; --max-interval can only make it shorter.
-    max_interval: Any = POLL
+    max_interval: Any = LONGEST_SLEEP
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._id = f"{socket.gethostname()[:40]}/{uuid.uuid4().hex[:12]}"
@@ -74,9 +78,12 @@ class ScheduleBeat(Scheduler):
         return f"    . db -> {self._at.database.url.render_as_string()}"
 
     def tick(self, *_args: Any, **_kwargs: Any) -> float:
-        """Fire what is due; returns the seconds to sleep. Never raises: that would end beat."""
+        """Fire what is due, and sleep until the next is. Never raises: that would end beat."""
         with undisturbed():
-            return self._outcome()
+            pause = self._outcome()
+        # Not by Celery, which would sleep through any change.
+        self._waking.sleep(pause)
+        return 0.0
 
     def sync(self) -> None:
         """Nothing is kept in memory that would have to be written."""
@@ -88,6 +95,7 @@ class ScheduleBeat(Scheduler):
         keeper, self._keeper, self._declared = self._keeper, None, None
         if keeper is not None:
             keeper.stop()
+        self._waking.close()
         try:
             with self._at.database.transaction() as tx:
                 processes.leave(tx, self._id)
@@ -100,6 +108,10 @@ class ScheduleBeat(Scheduler):
     def _at(self) -> Station:
         return station(self.app)
 
+    @cached_property
+    def _waking(self) -> Waking:
+        return Waking(self._at.database)
+
     def _outcome(self) -> float:
         """The seconds to sleep after a tick, whatever it met."""
         try:
@@ -107,7 +119,7 @@ class ScheduleBeat(Scheduler):
         except BrokerUnavailableError as error:
             # What was claimed is in the outbox; claiming goes on, and a keeper sends when the broker is back.
             self._say(logging.WARNING, NO_BROKER, error)
-            return POLL
+            return NO_BROKER_PAUSE
         except DatabaseUnavailableError as error:
             self._say(logging.WARNING, NO_DATABASE, error)
         except LLMTasksError as error:

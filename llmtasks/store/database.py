@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Engine, exc, make_url, text
 from llmtasks.errors import ConfigurationError, DatabaseUnavailableError, SchemaOutdatedError
 from llmtasks.store.engines import make_engine, use_wal
 from llmtasks.store.forking import fork_gate
-from llmtasks.store.lone import Lone, LoneConnections
+from llmtasks.store.lone import Lone, LoneConnections, driver_errors, open_lone
 from llmtasks.store.rows import SCHEMA_VERSION, VERSION_TABLE
 
 #: Seconds after which the difference to the server's clock is measured again.
@@ -84,6 +84,13 @@ class Database:
         """A connection on which each statement is a transaction of its own. Raises as ``transaction`` does."""
         with fork_gate.entered(), self._unavailable(), self._lones.taken(self._ready_engine) as lone:
             yield lone
+
+    def own_lone(self) -> Lone:
+        """The same for one thread, which keeps and closes it. Raises as ``transaction`` does."""
+        with fork_gate.entered(), self._unavailable():
+            engine = self._ready_engine
+            with driver_errors(engine.dialect):
+                return open_lone(engine)
 
     def now(self) -> datetime:
         """This instant by the database's clock, so that every host compares with the same one.

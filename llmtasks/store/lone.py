@@ -45,8 +45,7 @@ class LoneConnections:
         Raises:
             DBAPIError: What the driver raised, as SQLAlchemy raises it.
         """
-        dialect = engine.dialect
-        try:
+        with driver_errors(engine.dialect):
             lone = self._take(engine)
             try:
                 yield lone
@@ -54,11 +53,6 @@ class LoneConnections:
                 with contextlib.suppress(Exception):
                     lone.driver.close()
                 raise
-        except dialect.loaded_dbapi.Error as error:
-            gone = dialect.is_disconnect(error, None, None)
-            raise exc.DBAPIError.instance(
-                None, None, error, dialect.loaded_dbapi.Error, connection_invalidated=gone, dialect=dialect
-            ) from error
         self._idle.append((lone, time.monotonic()))
 
     def close(self) -> None:
@@ -75,11 +69,28 @@ class LoneConnections:
             if time.monotonic() - since < IDLE or _answers(lone):
                 return lone
             lone.driver.close()
-        connection = engine.raw_connection()
-        driver: Any = connection.driver_connection
-        connection.detach()
-        engine.dialect.set_isolation_level(driver, "AUTOCOMMIT")
-        return Lone(engine.dialect, driver)
+        return open_lone(engine)
+
+
+@contextmanager
+def driver_errors(dialect: Dialect) -> Generator[None]:
+    """Raise what the driver raises as SQLAlchemy raises it."""
+    try:
+        yield
+    except dialect.loaded_dbapi.Error as error:
+        gone = dialect.is_disconnect(error, None, None)
+        raise exc.DBAPIError.instance(
+            None, None, error, dialect.loaded_dbapi.Error, connection_invalidated=gone, dialect=dialect
+        ) from error
+
+
+def open_lone(engine: Engine) -> Lone:
+    """A new connection, which is the caller's to close. Raises what the driver raises."""
+    connection = engine.raw_connection()
+    driver: Any = connection.driver_connection
+    connection.detach()
+    engine.dialect.set_isolation_level(driver, "AUTOCOMMIT")
+    return Lone(engine.dialect, driver)
 
 
 def _answers(lone: Lone) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, text, update
 
 from llmtasks.errors import ConfigurationError
 from llmtasks.states import ScheduleState
@@ -117,6 +117,11 @@ _ADVANCE: Final = (
 )
 
 
+#: Where PostgreSQL tells beats that schedules changed; firing them is no change.
+CHANNEL: Final = "llmtasks_schedules"
+_NOTIFY: Final = text(f"NOTIFY {CHANNEL}")
+
+
 def due(tx: Connection, app: str, now: datetime, limit: int) -> list[Row[Any]]:
     """Lock and return up to ``limit`` due rows; those that another beat has locked are passed over."""
     return list(tx.execute(_DUE, {"app": app, "now": now, "limit": limit}))
@@ -186,6 +191,7 @@ def put(tx: Connection, schedule: Schedule, now: datetime) -> Schedule:
     changed = tx.execute(update(schedules).where(schedules.c.id == schedule.id).values(row)).rowcount
     if not changed:
         tx.execute(insert_into(schedules, tx.dialect.name).values(row).on_conflict_do_nothing())
+    _tell_beats(tx)
     return from_row(tx.execute(select(schedules).where(schedules.c.id == schedule.id)).one())
 
 
@@ -193,6 +199,13 @@ def put_many(tx: Connection, new: list[Schedule], now: datetime) -> None:
     """Insert many new schedules."""
     if new:
         tx.execute(insert(schedules), [_to_row(replace(item, created_at=now, updated_at=now)) for item in new])
+        _tell_beats(tx)
+
+
+def _tell_beats(tx: Connection) -> None:
+    """Wake beats when the transaction commits; those of other databases look often."""
+    if tx.dialect.name == "postgresql":
+        tx.execute(_NOTIFY)
 
 
 def overdue(tx: Connection, app: str, before: datetime) -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from llmtasks.errors import DatabaseUnavailableError
 from llmtasks.states import RunState
@@ -20,6 +19,7 @@ from tests.store.rows_of import (
     NOW,
     all_at_once,
     claimed_in_transaction,
+    end_connections,
     ended,
     held,
     later,
@@ -37,17 +37,6 @@ from tests.store.rows_of import (
 def claimed_alone(database: Database, run_id: str, at: datetime = NOW, **changes: Any) -> Claim | None:
     with database.lone() as lone:
         return claims.claim_slotless(lone, offer(run_id, **changes), at, at - LEASE)
-
-
-def end_connections(url: str) -> None:
-    """End every connection to a database, as a restart of its server does."""
-    other = Database(url)
-    with other.reading() as connection:
-        query = (
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name AND pid <> pg_backend_pid()"
-        )
-        connection.execute(text(query), {"name": other.url.database})
-    other.close()
 
 
 def everything(database: Database, run_id: str) -> dict[str, Any]:
