@@ -27,6 +27,7 @@ result_backend_transport_options = {
 imports = ["llmtasks.install", *filter(None, os.environ.get("LLMTASKS_IMPORTS", "").split(","))]
 
 beat_scheduler = "llmtasks"
+beat_enable_remote_control = True
 worker_concurrency = TaskDefaults.read(TASK_CONFIG).concurrency
 worker_consumer = "llmtasks.worker.consumer:RunConsumer"
 worker_pool = os.environ.get("LLMTASKS_POOL", "prefork")

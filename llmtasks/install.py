@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 VISIBILITY_TIMEOUT: Final = 43_200
 #: Settings that installing gives an app where it has none of its own.
 DEFAULTS: Final[dict[str, Any]] = {
+    "beat_enable_remote_control": True,
     "beat_scheduler": "llmtasks",
     "broker_connection_max_retries": None,
     "broker_connection_retry_on_startup": True,

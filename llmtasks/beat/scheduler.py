@@ -15,6 +15,7 @@ from celery.beat import Scheduler
 
 from llmtasks.beat import sync, tick
 from llmtasks.beat.interrupts import undisturbed
+from llmtasks.beat.ping import be_quiet
 from llmtasks.dispatch import Station, publish, station
 from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, LLMTasksError
 from llmtasks.keeper import Keeper
@@ -66,6 +67,7 @@ class ScheduleBeat(Scheduler):
 
     def setup_schedule(self) -> None:
         """Beat starts: Celery adds its own entry where the result backend needs one. The first tick writes the rows."""
+        be_quiet()
         self.install_default_entries(self.app.conf.beat_schedule)
 
     def update_from_dict(self, dict_: dict[str, Any]) -> None:
