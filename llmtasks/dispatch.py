@@ -17,6 +17,7 @@ from llmtasks import sender
 from llmtasks.errors import BrokerUnavailableError, ConfigurationError, DatabaseUnavailableError, RunNotFoundError
 from llmtasks.message import Message
 from llmtasks.options import DEFAULT_PRIORITY, limits
+from llmtasks.policies import places_of
 from llmtasks.settings import Settings
 from llmtasks.store import cancelling, outbox, runs, unsendable
 from llmtasks.store.database import Database, database_at
@@ -68,6 +69,7 @@ def run_of(
     run_id: str | None = None,
     scheduled_for: datetime | None = None,
     stands_for: int = 1,
+    backfilled: bool = False,
     reason: str | None = None,
 ) -> NewRun:
     """The run that a schedule's instant (or somebody's hand, without one) opens."""
@@ -97,9 +99,10 @@ def run_of(
         priority=options.get("priority") or DEFAULT_PRIORITY,
         schedule_id=schedule.id,
         scheduled_for=scheduled_for,
-        schedule_slots=options.get("max_instances"),
+        schedule_slots=None if schedule.handed else places_of(options, backfilled=backfilled),
         max_retries=options.get("max_retries"),
         stands_for=stands_for,
+        backfilled=backfilled,
         reason=reason,
     )
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
+from datetime import datetime, timedelta
 from typing import Any, Final
 
+from llmtasks.checks import check_number, check_text, check_whole
 from llmtasks.errors import InvalidOptionError, nearest
+from llmtasks.policies import DEFAULT_MISFIRE_GRACE, Misfire, Overlap, check_bounds, check_policies, seconds_of
 from llmtasks.settings import TaskDefaults
 
 #: The priority of a run where nobody said one; 1 runs first, 10 last.
 DEFAULT_PRIORITY: Final = 5
 #: A run that ignores its timeout for this many seconds is ended by force (where the pool can).
 HARD_LIMIT_MARGIN: Final = 30.0
-#: An instant this many seconds late is a misfire.
-DEFAULT_MISFIRE_GRACE: Final = 60.0
 
 #: Celery's own task options that go through as they are.
 CELERY_OPTIONS: Final = frozenset(
@@ -61,17 +60,6 @@ REFUSED_OPTIONS: Final = {
 }
 
 
-class Misfire(StrEnum):
-    """What happens to instants that nobody could dispatch in time."""
-
-    #: The latest one runs and stands for all of them.
-    ONCE = "once"
-    #: None of them runs.
-    SKIP = "skip"
-    #: Each of the latest 1,000 runs.
-    ALL = "all"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
     """What a task function was registered with. ``None`` means that ``TASK_CONFIG`` or a default decides.
@@ -87,8 +75,14 @@ class TaskOptions:
         timeout: Seconds that one attempt may take.
         priority: 1 (first) to 10 (last).
         max_instances: How many runs of this function may run at once, over all workers.
+        overlap: What happens to an instant that comes while another run of the schedule is unfinished.
         misfire: What happens to instants that nobody could dispatch in time.
         misfire_grace: Seconds after which an instant counts as missed.
+        misfire_window: Seconds, or a timedelta; misfire "all" runs no instant that is later than this.
+        starts_at: No instant before this one runs.
+        ends_at: No instant after this one runs.
+        max_runs: After so many runs of its instants the schedule is completed.
+        jitter_seconds: Each run of an instant is sent later by a part of this, which chance chooses once.
         queue: The Celery queue.
         on_failure: Called with (run, error) after the last attempt failed.
         on_success: Called with (run, result) after an attempt succeeded.
@@ -106,8 +100,14 @@ class TaskOptions:
     timeout: float | None = None
     priority: int = DEFAULT_PRIORITY
     max_instances: int | None = None
+    overlap: str = Overlap.SKIP
     misfire: str = Misfire.ONCE
     misfire_grace: float = DEFAULT_MISFIRE_GRACE
+    misfire_window: float | timedelta | None = None
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
+    max_runs: int | None = None
+    jitter_seconds: float | None = None
     queue: str | None = None
     on_failure: Callable[..., Any] | None = None
     on_success: Callable[..., Any] | None = None
@@ -128,7 +128,15 @@ class TaskOptions:
         names = given["redact"]
         if not isinstance(names, list | tuple | set | frozenset) or not all(isinstance(item, str) for item in names):
             raise InvalidOptionError("redact", names, "a tuple of parameter names")
-        object.__setattr__(self, "redact", tuple(names))
+        for name in ("misfire_window", "starts_at", "ends_at", "max_runs", "jitter_seconds"):
+            if given[name] is not None and not self.is_scheduled:
+                raise InvalidOptionError(
+                    name, given[name], "a value only together with interval_minutes or schedule", "A Task has its own."
+                )
+        begin, end = check_bounds(given["starts_at"], given["ends_at"])
+        checked = {"redact": tuple(names), "misfire_window": seconds_of(self.misfire_window)}
+        for name, value in {**checked, "starts_at": begin, "ends_at": end}.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def build(cls, name: str, keywords: Mapping[str, Any], config: Any) -> TaskOptions:
@@ -222,56 +230,13 @@ def check_schedule_options(values: Mapping[str, Any]) -> None:
     if timezone is not None and not isinstance(timezone, str):
         raise InvalidOptionError("timezone", timezone, 'the name of a zone such as "Europe/Berlin"')
     check_number("timeout", values.get("timeout"), above=0)
-    check_number("misfire_grace", values.get("misfire_grace"), least=0)
     check_whole("max_retries", values.get("max_retries"), 0, None)
     check_whole("priority", values.get("priority"), 1, 10)
     check_whole("max_instances", values.get("max_instances"), 1, None)
-    misfire = values.get("misfire")
-    if misfire is not None and misfire not in list(Misfire):
-        raise InvalidOptionError("misfire", misfire, f"one of {', '.join(repr(str(item)) for item in Misfire)}")
+    check_policies(values)
     queue = values.get("queue")
     if queue is not None:
         check_text("queue", queue, "the name of a queue, up to 200 characters")
-
-
-def check_text(option: str, value: object, expected: str) -> None:
-    """Check that ``value`` is a text that fits the ledger's columns.
-
-    Raises:
-        InvalidOptionError: It is not.
-    """
-    if not isinstance(value, str) or not value or len(value) > 200 or "\0" in value:
-        raise InvalidOptionError(option, value, expected)
-
-
-def check_number(option: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
-    """Check that ``value`` is None or a finite number in range.
-
-    Raises:
-        InvalidOptionError: It is not.
-    """
-    expected = f"a number above {above}" if above is not None else f"a number from {least}"
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidOptionError(option, value, expected)
-    if (above is not None and value <= above) or (least is not None and value < least):
-        raise InvalidOptionError(option, value, expected)
-
-
-def check_whole(option: str, value: object, least: int, most: int | None) -> None:
-    """Check that ``value`` is None or a whole number in range.
-
-    Raises:
-        InvalidOptionError: It is not.
-    """
-    if value is None:
-        return
-    good = isinstance(value, int) and not isinstance(value, bool)
-    if not good or value < least or (most is not None and value > most):  # type: ignore[operator]  # good says it is an int
-        between = f"a whole number from {least} to {most}" if most is not None else f"a whole number from {least}"
-        hint = "1 runs first, 10 last." if option == "priority" else ""
-        raise InvalidOptionError(option, value, between, hint)
 
 
 def vars_of(options: TaskOptions) -> dict[str, Any]:

@@ -10,21 +10,18 @@ import json
 import uuid
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any
 
 from llmtasks import sender
+from llmtasks.changes import OPTION_NAMES, first_run, past
+from llmtasks.checks import instant_of
 from llmtasks.dispatch import Station
-from llmtasks.errors import ForbiddenTransitionError, InvalidOptionError, InvalidParamsError, InvalidTriggerError
+from llmtasks.errors import InvalidOptionError, InvalidParamsError, InvalidTriggerError
 from llmtasks.options import check_schedule_options
+from llmtasks.policies import check_bounds, seconds_of
 from llmtasks.registry import task_registry
-from llmtasks.states import ScheduleState
 from llmtasks.store.schedules import Schedule, trigger_columns
 from llmtasks.triggers import Cron, Interval, Once, Trigger
-
-#: What a row keeps when its Task is saved again.
-_KEPT: Final = ("app", "state", "reason", "last_run_at", "created_at")
-#: What a Task may say in place of its function's registration; kept in the row as given.
-OPTION_NAMES: Final = ("priority", "timeout", "max_retries", "max_instances", "queue", "misfire", "misfire_grace")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,9 +42,15 @@ class Plan:
         max_retries: Attempts after the first.
         max_instances: How many runs of this schedule may run at once, within its function's own limit.
         queue: The Celery queue.
+        overlap: "skip", "queue_one", "allow" or "cancel_running": what happens to an instant that comes while another
+            run of this schedule is unfinished.
         misfire: "once", "skip" or "all": what happens to instants that nobody could dispatch in time.
         misfire_grace: Seconds after which an instant counts as missed.
+        misfire_window: Seconds, or a timedelta; misfire "all" runs no instant that is later than this.
+        starts_at: No instant before this one runs; the first run of an interval that names no ``next_run_at``.
         ends_at: No instant after this one runs.
+        max_runs: After so many runs of its instants the schedule is completed.
+        jitter_seconds: Each run of an instant is sent later by a part of this, which chance chooses once.
         id: Given by the first ``save``.
     """
 
@@ -64,9 +67,14 @@ class Plan:
     max_retries: int | None = None
     max_instances: int | None = None
     queue: str | None = None
+    overlap: str | None = None
     misfire: str | None = None
     misfire_grace: float | None = None
+    misfire_window: float | timedelta | None = None
+    starts_at: datetime | None = None
     ends_at: datetime | None = None
+    max_runs: int | None = None
+    jitter_seconds: float | None = None
     id: str | None = None
     #: The row as it was read or written last.
     _row: Schedule | None = field(default=None, init=False, repr=False)
@@ -80,18 +88,21 @@ class Plan:
             _check_text("id", self.id, 36)
         values = {name: getattr(self, name) for name in OPTION_NAMES}
         check_schedule_options({**values, "interval_minutes": self.interval_minutes, "timezone": self.timezone})
+        values["misfire_window"] = seconds_of(self.misfire_window)
+        starts_at, ends_at = check_bounds(self.starts_at, self.ends_at)
         trigger = self._trigger(at, now)
-        return Schedule(
+        row = Schedule(
             id=self.id or str(uuid.uuid4()),
             app=at.name,
             name=self.name or self.func_name,
             func_name=self.func_name,
             kwargs=self._checked_params(),
             options={name: value for name, value in values.items() if value is not None},
-            next_run_at=trigger.anchor if isinstance(trigger, Interval) else trigger.next_after(now),
-            ends_at=None if self.ends_at is None else _instant("ends_at", self.ends_at),
+            starts_at=starts_at,
+            ends_at=ends_at,
             **trigger_columns(trigger),
         )
+        return replace(row, next_run_at=first_run(row, now))
 
     @property
     def _asks_for_next_run(self) -> bool:
@@ -124,9 +135,9 @@ class Plan:
         if self.interval_minutes is not None:
             return self._interval(self.interval_minutes, now)
         assert self.scheduled_at is not None
-        once = Once(_instant("scheduled_at", self.scheduled_at))
+        once = Once(instant_of("scheduled_at", self.scheduled_at))
         if once.at <= now and (seen is None or seen.kind != "once" or seen.anchor != once.at):
-            raise _past(once.at, now)
+            raise past(once.at, now)
         return once
 
     def _interval(self, minutes: float, now: datetime) -> Interval:
@@ -135,65 +146,10 @@ class Plan:
         except OverflowError:
             raise InvalidTriggerError(f"interval_minutes={minutes!r}: expected at most a hundred years") from None
         if self.next_run_at is not None and self._asks_for_next_run:
-            return Interval(every, max(_instant("next_run_at", self.next_run_at), now))
+            return Interval(every, max(instant_of("next_run_at", self.next_run_at), now))
+        if self.starts_at is not None and (starts_at := instant_of("starts_at", self.starts_at)) > now:
+            return Interval(every, starts_at)
         return Interval(every, now + every)
-
-
-def begun(row: Schedule, now: datetime) -> Schedule:
-    """A checked row as it is first stored.
-
-    Raises:
-        InvalidTriggerError: It would never run.
-    """
-    if row.kind == "once" and row.anchor is not None and row.anchor <= now:
-        raise _past(row.anchor, now)
-    return _within_end(row)
-
-
-def saved_over(before: Schedule, checked: Schedule, *, moved: bool, now: datetime) -> Schedule:
-    """A checked row as it replaces the one that is there: the next run moves only if the trigger changed.
-
-    Args:
-        before: What is stored.
-        checked: What is wanted.
-        moved: Whether the next run moves although the trigger is the same.
-        now: An interval that was set aside goes on at its first instant after this.
-
-    Raises:
-        ForbiddenTransitionError: What is stored is cancelled, or code declares it otherwise.
-        InvalidTriggerError: It would never run again.
-    """
-    if before.state is ScheduleState.CANCELLED:
-        raise ForbiddenTransitionError(
-            f"Task {before.name!r} ({before.id}) is cancelled for good: save a new Task instead"
-        )
-    if before.declared_key is not None:
-        return _as_declared(before, checked)
-    kept = {name: getattr(before, name) for name in _KEPT}
-    moved = moved or not before.same_trigger(checked)
-    if not moved:
-        # A row that was set aside begins again at its next instant.
-        checked = replace(checked, anchor=before.anchor or checked.anchor)
-        kept["next_run_at"] = before.next_run_at or checked.trigger.next_after(now)
-    if before.state is ScheduleState.ACTIVE or (moved and before.state is ScheduleState.COMPLETED):
-        kept |= {"state": ScheduleState.ACTIVE, "reason": None}
-    else:
-        kept["next_run_at"] = None
-    return _within_end(replace(checked, **kept))
-
-
-def paused(row: Schedule) -> Schedule:
-    """A row that fires no more until it is resumed."""
-    return replace(row, state=ScheduleState.PAUSED, next_run_at=None, reason=None)
-
-
-def resumed(row: Schedule, now: datetime) -> Schedule:
-    """A row that fires at its next instant after ``now``; without one it is completed."""
-    following = row.trigger.next_after(now)
-    if following is None or (row.ends_at is not None and following > row.ends_at):
-        over = "its last instant passed while it was paused"
-        return replace(row, state=ScheduleState.COMPLETED, next_run_at=None, reason=over)
-    return replace(row, state=ScheduleState.ACTIVE, next_run_at=following, reason=None)
 
 
 def check_params(func_name: str, params: object) -> None:
@@ -235,44 +191,6 @@ def default_zone(at: Station) -> str:
     import tzlocal  # seldom needed, and it reads files when it is imported
 
     return tzlocal.get_localzone_name() or "UTC"
-
-
-def _past(at: datetime, now: datetime) -> InvalidTriggerError:
-    return InvalidTriggerError(
-        f"scheduled_at={at.isoformat()}: expected an instant after now ({now.isoformat()}); "
-        "execute_now() runs it at once"
-    )
-
-
-def _within_end(row: Schedule) -> Schedule:
-    if row.ends_at is not None and row.next_run_at is not None and row.next_run_at > row.ends_at:
-        raise InvalidTriggerError(
-            f"ends_at={row.ends_at.isoformat()}: expected not before the next run, {row.next_run_at.isoformat()}"
-        )
-    return row
-
-
-def _as_declared(before: Schedule, checked: Schedule) -> Schedule:
-    """The row as it is; raises where what code declares would change."""
-    shown = {name: before.options[name] for name in OPTION_NAMES if name in before.options}
-    mine = (before.name, before.func_name, before.kwargs, shown, before.ends_at)
-    theirs = (checked.name, checked.func_name, checked.kwargs, checked.options, checked.ends_at)
-    if mine != theirs or not before.same_trigger(checked):
-        raise ForbiddenTransitionError(
-            f"schedule {before.name!r} is declared in code, which owns its trigger, params and options: "
-            "change them there; pause, resume, cancel and execute_now work here"
-        )
-    return before
-
-
-def _instant(option: str, value: object) -> datetime:
-    """A datetime in UTC; a naive one is the machine's local time, which is what ``datetime.now()`` gives."""
-    if not isinstance(value, datetime):
-        raise InvalidTriggerError(f"{option}={value!r}: expected a datetime, such as datetime.now()")
-    try:
-        return Once(value).at
-    except InvalidTriggerError as error:
-        raise InvalidTriggerError(str(error).replace("at=", f"{option}=", 1)) from None
 
 
 def _check_text(option: str, value: object, most: int) -> None:

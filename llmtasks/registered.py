@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, overload
 
 from llmtasks.store.runs import Run
@@ -28,8 +29,14 @@ class RegisterOptions(TypedDict, total=False):
     timeout: float | None
     priority: int
     max_instances: int | None
+    overlap: Literal["skip", "queue_one", "allow", "cancel_running"]
     misfire: Literal["once", "skip", "all"]
     misfire_grace: float
+    misfire_window: float | timedelta | None
+    starts_at: datetime | None
+    ends_at: datetime | None
+    max_runs: int | None
+    jitter_seconds: float | None
     queue: str | None
     on_failure: Callable[[Run, Any], object] | None
     on_success: Callable[[Run, Any], object] | None

@@ -16,9 +16,10 @@ from celery.exceptions import Retry
 from kombu.exceptions import EncodeError
 
 from llmtasks import attempt, bridge, sender
+from llmtasks.checks import check_number, check_whole
 from llmtasks.dispatch import dispatch, station
 from llmtasks.errors import BrokerUnavailableError, InvalidOptionError, InvalidParamsError
-from llmtasks.options import TaskOptions, check_number, check_whole
+from llmtasks.options import TaskOptions
 from llmtasks.store.runs import NewRun
 
 #: A delay longer than this is kept in the database; shorter ones wait in the worker as Celery has it.

@@ -8,15 +8,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Self, TypeAlias
 
-from llmtasks import dispatch
+from llmtasks import backfill, dispatch
+from llmtasks.changes import OPTION_NAMES, begun, check_movable, paused, resumed, saved_over, upcoming
+from llmtasks.checks import check_whole
 from llmtasks.dispatch import run_of, station
-from llmtasks.errors import (
-    ConfigurationError,
-    ForbiddenTransitionError,
-    TaskNotFoundError,
-)
-from llmtasks.options import check_whole
-from llmtasks.plan import OPTION_NAMES, Plan, begun, paused, resumed, rich, saved_over
+from llmtasks.errors import ConfigurationError, TaskNotFoundError
+from llmtasks.plan import Plan, rich
 from llmtasks.states import ScheduleState
 from llmtasks.store import cancelling, schedules
 from llmtasks.store.joining import joined
@@ -25,6 +22,7 @@ from llmtasks.store.schedules import Schedule
 
 #: Task has a method called ``list``, so its annotations cannot name the type.
 Instants: TypeAlias = list[datetime]
+Runs: TypeAlias = list[Run]
 Tasks: TypeAlias = "list[Task]"
 
 
@@ -38,6 +36,7 @@ class Task(Plan):
         state: Active, paused, completed or cancelled; None before the first ``save``.
         reason: Why it completed, was cancelled, or was set aside by beat.
         last_run_at: The latest instant that was dispatched.
+        fired: How many runs its instants got; ``max_runs`` limits it.
         created_at: When it was saved first.
         updated_at: When it was changed last.
     """
@@ -45,13 +44,17 @@ class Task(Plan):
     state: ScheduleState | None = field(default=None, init=False)
     reason: str | None = field(default=None, init=False)
     last_run_at: datetime | None = field(default=None, init=False)
+    fired: int = field(default=0, init=False)
     created_at: datetime | None = field(default=None, init=False)
     updated_at: datetime | None = field(default=None, init=False)
 
     # -- storing
 
     def save_sync(self, session: Any = None) -> Self:
-        """Store the Task, new or changed; it takes effect at once. The next run moves only if the trigger changed.
+        """Store the Task, new or changed; it takes effect at once.
+
+        The next run moves only if the trigger or ``starts_at`` changed. A completed Task whose ``ends_at`` or
+        ``max_runs`` leaves it more runs now goes on.
 
         Args:
             session: A SQLAlchemy Session on llmtasks' database: the Task is stored by the session's own transaction.
@@ -113,7 +116,7 @@ class Task(Plan):
         return self
 
     def execute_now_sync(self) -> Run:
-        """Run the function now, in whatever state the Task is; its schedule does not move.
+        """Run the function now, in whatever state the Task is; its schedule does not move, no policy leaves it out.
 
         Returns:
             The run, which is stored and sent.
@@ -122,6 +125,30 @@ class Task(Plan):
         with at.database.reading() as connection:
             row = self._read(connection)
         return dispatch.dispatch(at, run_of(row))
+
+    def backfill_sync(self, start: datetime, end: datetime, *, limit: int | None = None) -> Runs:
+        """Run the function for each instant from ``start`` to ``end``, both included, that has no run.
+
+        An instant that a policy skipped gets its run; one that was skipped unseen, as one of several, too. The runs
+        are in the ledger with the reason "backfill ..." and may wait: without ``max_instances`` one runs at a time,
+        beside the schedule's own (all at once with overlap "allow"). The schedule does not move.
+
+        Args:
+            start: A naive datetime is the machine's local time.
+            end: Not after now.
+            limit: How many runs may be opened; 1,000 where it is None.
+
+        Returns:
+            The new runs, earliest first.
+
+        Raises:
+            InvalidTriggerError: ``start`` or ``end`` is no datetime.
+            InvalidOptionError: They are the wrong way round or in the future, or there would be more runs.
+        """
+        at = station()
+        with at.database.reading() as connection:
+            row = self._read(connection)
+        return backfill.open_all(at, backfill.missing(at, row, start, end, limit))
 
     async def pause(self) -> Self:
         """As ``pause_sync``, in a thread."""
@@ -138,6 +165,10 @@ class Task(Plan):
     async def execute_now(self) -> Run:
         """As ``execute_now_sync``, in a thread."""
         return await asyncio.to_thread(self.execute_now_sync)
+
+    async def backfill(self, start: datetime, end: datetime, *, limit: int | None = None) -> Runs:
+        """As ``backfill_sync``, in a thread."""
+        return await asyncio.to_thread(self.backfill_sync, start, end, limit=limit)
 
     @staticmethod
     def cancel_run_sync(run_id: str, reason: str = "cancelled") -> Run | None:
@@ -212,13 +243,7 @@ class Task(Plan):
         check_whole("count", count, 0, 10_000)
         at = station()
         now = at.database.now()
-        row = self._row or self._checked(at, now)
-        found: Instants = []
-        instant = row.next_run_at if row.state is ScheduleState.ACTIVE else row.trigger.next_after(now)
-        while instant is not None and len(found) < count and (row.ends_at is None or instant <= row.ends_at):
-            found.append(instant)
-            instant = row.trigger.next_after(instant)
-        return found
+        return upcoming(self._row or self._checked(at, now), now, count)
 
     # -- inside
 
@@ -234,11 +259,7 @@ class Task(Plan):
         now = at.database.now()
         with at.database.transaction() as tx:
             row = self._read(tx, lock=True)
-            if row.state not in {ScheduleState.ACTIVE, ScheduleState.PAUSED}:
-                raise ForbiddenTransitionError(
-                    f"Task {row.name!r} ({row.id}) is {row.state}: {verb} works on an active or a paused one; "
-                    "save a new Task instead"
-                )
+            check_movable(row, verb)
             if row.state is not to or (to is ScheduleState.ACTIVE and row.next_run_at is None):
                 row = schedules.put(tx, paused(row) if to is ScheduleState.PAUSED else resumed(row, now), now)
         self._adopt(row)
@@ -256,7 +277,8 @@ class Task(Plan):
         """Show what the row says."""
         self.id, self.name, self.state, self.reason = row.id, row.name, row.state, row.reason
         self.timezone = row.timezone
-        self.next_run_at, self.last_run_at, self.ends_at = row.next_run_at, row.last_run_at, row.ends_at
+        self.next_run_at, self.last_run_at, self.fired = row.next_run_at, row.last_run_at, row.fired
+        self.starts_at, self.ends_at = row.starts_at, row.ends_at
         self.created_at, self.updated_at = row.created_at, row.updated_at
         self._row = row
 

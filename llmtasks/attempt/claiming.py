@@ -14,6 +14,7 @@ from llmtasks.bridge import Body
 from llmtasks.dispatch import station
 from llmtasks.holding import Hold, holdings, owner_of, persist
 from llmtasks.options import TaskOptions
+from llmtasks.policies import JITTERED, may_wait
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import claims, schedules
 from llmtasks.store.claims import Claim, Offer
@@ -92,13 +93,18 @@ def soft_limit_of(task: Any) -> float | None:
 
 
 def _may_skip(tx: Any, claim: Claim) -> bool:
-    """Only the first claim of a periodic instant: the next comes anyway. One that stands for missed ones waits."""
-    if claim.schedule_id is None or claim.scheduled_for is None or claim.attempts or claim.reason:
+    """Only the first claim of a periodic instant: the next comes anyway.
+
+    One that stands for missed ones waits, one that somebody asked for, and one whose overlap policy lets it.
+    """
+    if claim.schedule_id is None or claim.scheduled_for is None or claim.attempts:
+        return False
+    if claim.reason and not claim.reason.startswith(JITTERED):
         return False
     if claim.claim_no > 1:  # it ran before and was put back uncounted, by a worker that shut down
         return False
     schedule = schedules.get(tx, claim.schedule_id)
-    return schedule is not None and schedule.kind != "once"
+    return schedule is not None and schedule.is_periodic and not may_wait(schedule.options)
 
 
 def _sent_at(request: Any, now: datetime) -> datetime | None:

@@ -13,10 +13,11 @@ from celery.schedules import crontab
 from celery.schedules import schedule as every_so_often
 
 from llmtasks import sender
+from llmtasks.checks import check_whole
 from llmtasks.dispatch import Station
 from llmtasks.errors import ConfigurationError, LLMTasksError
-from llmtasks.options import check_whole
 from llmtasks.plan import default_zone, plain
+from llmtasks.policies import POLICY_NAMES, check_policies, seconds_of
 from llmtasks.registry import task_registry
 from llmtasks.triggers import Cron, Interval, Trigger
 
@@ -48,6 +49,8 @@ class Declared:
     kwargs: dict[str, Any]
     options: dict[str, Any]
     handed: bool
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
 
 
 def declared_entries(at: Station) -> list[Declared]:
@@ -86,12 +89,15 @@ def _options(at: Station, given: Mapping[str, Any], *, handed: bool) -> dict[str
         # A plain Celery task's priority is the transport's own number.
         priority = sender.user_priority(at.app, priority)
     check_whole("priority", priority, 1, 10)
+    check_policies(given)
+    policies = {name: seconds_of(given.get(name)) for name in POLICY_NAMES}
     options = {
         "queue": given.get("queue"),
         "priority": priority,
         # Seconds count from when the message is sent, which is what as_task_v2 makes of a number.
         "expires": expires.isoformat() if isinstance(expires, datetime) else expires,
         "celery": plain(message, "options"),
+        **policies,
     }
     return {name: value for name, value in options.items() if value not in (None, {})}
 

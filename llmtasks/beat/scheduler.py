@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery.beat import Scheduler
 
+from llmtasks import sender
 from llmtasks.beat import sync, tick
 from llmtasks.beat.interrupts import undisturbed
 from llmtasks.beat.ping import be_quiet
@@ -137,6 +138,8 @@ class ScheduleBeat(Scheduler):
         claimed = tick.claim_due(at)
         if claimed.messages:
             publish(at, claimed.messages)
+        if claimed.cancelled:  # workers would learn of it from the database, later
+            sender.revoke(at.app, claimed.cancelled)
         if self._away is not None and (claimed.messages or self._away != NO_BROKER):
             logger.warning("beat works again")
             self._away = None

@@ -13,9 +13,11 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from llmtasks.beat.entries import Declared, declared_entries
+from llmtasks.changes import first_run, revived, same_instants, within_limits
 from llmtasks.dispatch import Station
 from llmtasks.options import TaskOptions
 from llmtasks.plan import default_zone
+from llmtasks.policies import POLICY_NAMES, may_wait
 from llmtasks.registry import task_registry
 from llmtasks.states import ScheduleState
 from llmtasks.store import processes, schedules
@@ -91,20 +93,29 @@ def _row(at: Station, item: Declared, before: Schedule | None, now: datetime) ->
         options=item.options,
         declared_key=key,
         handed=item.handed,
-        next_run_at=trigger.next_after(now),
+        starts_at=item.starts_at,
+        ends_at=item.ends_at,
         **trigger_columns(trigger),
     )
-    if before is None:
-        return fresh
-    names = ("state", "reason", "last_run_at", "ends_at", "created_at", "updated_at")
+    fresh = replace(fresh, next_run_at=first_run(fresh, now))
+    return within_limits(fresh if before is None else _kept(before, fresh, now))
+
+
+def _kept(before: Schedule, fresh: Schedule, now: datetime) -> Schedule:
+    """A declared row with what the one that is there keeps."""
+    names = ("state", "reason", "last_run_at", "fired", "created_at", "updated_at")
     kept: dict[str, Any] = {name: getattr(before, name) for name in names}
     set_aside = before.state is ScheduleState.ACTIVE and before.next_run_at is None
     if before.state is ScheduleState.COMPLETED and before.reason == REMOVED:
         kept |= {"state": ScheduleState.ACTIVE, "reason": None}
     elif set_aside:
         kept["reason"] = None
-    elif before.same_trigger(fresh):
+    elif (again := revived(before, replace(fresh, **kept), now)) is not None:
+        return again
+    elif same_instants(before, fresh, now):
         kept |= {"anchor": before.anchor, "next_run_at": before.next_run_at}
+    elif before.state is ScheduleState.COMPLETED:
+        kept |= {"state": ScheduleState.ACTIVE, "reason": None, "fired": 0}
     elif before.state is not ScheduleState.ACTIVE:
         kept["next_run_at"] = None
     return replace(fresh, **kept)
@@ -114,17 +125,15 @@ def _of_options(options: TaskOptions) -> Declared:
     def trigger(now: datetime, zone: str) -> Trigger:
         if options.interval_minutes is not None:
             every = timedelta(minutes=options.interval_minutes)
-            return Interval(every, now + every)
+            later = options.starts_at is not None and options.starts_at > now
+            return Interval(every, options.starts_at if options.starts_at and later else now + every)
         assert options.schedule is not None
         return Cron(options.schedule, zone)
 
     # max_instances, timeout and retries are the function's own: its runs have them already.
-    kept = {
-        "misfire": options.misfire,
-        "misfire_grace": options.misfire_grace,
-        "priority": options.priority,
-        "queue": options.queue,
-    }
+    kept = {name: getattr(options, name) for name in (*POLICY_NAMES, "priority", "queue")}
+    if may_wait(kept):  # as many of the schedule's runs at once as of the function's
+        kept["max_instances"] = options.max_instances
     return Declared(
         name=options.name,
         func_name=options.name,
@@ -134,4 +143,6 @@ def _of_options(options: TaskOptions) -> Declared:
         kwargs={},
         options={name: value for name, value in kept.items() if value is not None},
         handed=False,
+        starts_at=options.starts_at,
+        ends_at=options.ends_at,
     )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from llmtasks.beat import overlap
 from llmtasks.dispatch import Station, run_of
 from llmtasks.errors import LLMTasksError
 from llmtasks.message import Message
-from llmtasks.options import DEFAULT_MISFIRE_GRACE, Misfire
+from llmtasks.policies import JITTERED, REACHED_END, Misfire, Policies, had_its_runs
 from llmtasks.registry import task_registry
-from llmtasks.states import RunState, ScheduleState
-from llmtasks.store import outbox, runs, schedules
+from llmtasks.states import ScheduleState
+from llmtasks.store import outbox, overlaps, runs, schedules
+from llmtasks.store.overlaps import Unfinished
 from llmtasks.store.runs import NewRun
 from llmtasks.store.schedules import Advance, Schedule
 from llmtasks.triggers import latest_at_or_before, latest_instants
@@ -36,6 +38,8 @@ class Firing:
     new: list[NewRun]
     skipped: list[NewRun]
     advance: Advance
+    #: Why the schedule's unfinished runs are cancelled; None leaves them alone.
+    cancels: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,8 @@ class Claimed:
     messages: list[Message]
     #: The earliest next run of the app's schedules.
     following: datetime | None
+    #: Runs that were cancelled; the caller tells the workers.
+    cancelled: list[str] = field(default_factory=list)
 
     def pause(self, now: datetime) -> float:
         """Seconds until the next schedule is due."""
@@ -64,58 +70,85 @@ def claim_due(at: Station, limit: int = BATCH) -> Claimed:
     if following is None or following > now:
         return Claimed(count=0, messages=[], following=following)
     with at.database.transaction() as tx:
-        rows = schedules.due(tx, at.name, now, limit)
-        firings = [_firing_of(row, now) for row in rows]
+        due = [_read(row) for row in schedules.due(tx, at.name, now, limit)]
+        # Asked once these rows are locked: no other beat opens a run of theirs meanwhile.
+        asking = [item.id for item in due if isinstance(item, Schedule) and overlap.asks(item)]
+        unfinished = overlaps.unfinished(tx, asking)
+        firings = [item if isinstance(item, Firing) else _firing_of(item, now, unfinished) for item in due]
+        cancels = {item.advance.schedule_id: item.cancels for item in firings if item.cancels is not None}
+        cancelled = overlaps.cancel_unfinished(tx, cancels, now)
         new = [item for firing in firings for item in firing.new]
         runs.open_many(tx, new, now)
-        for firing in firings:
-            for item in firing.skipped:
-                runs.record_ended(tx, item, now, RunState.SKIPPED)
+        runs.record_skipped(tx, [item for firing in firings for item in firing.skipped], now)
         schedules.advance(tx, [firing.advance for firing in firings])
         until = now + timedelta(seconds=at.settings.outbox_patience)
-        messages = outbox.take_these(tx, [item.id for item in new], until) if new else []
+        ready = [item.id for item in new if item.available_at is None or item.available_at <= now]
+        messages = outbox.take_these(tx, ready, until) if ready else []
         following = schedules.next_due(tx, at.name)
-    return Claimed(count=len(rows), messages=messages, following=following)
+    return Claimed(count=len(due), messages=messages, following=following, cancelled=cancelled)
 
 
-def _firing_of(row: Any, now: datetime) -> Firing:
-    """What a due row leads to; a row that cannot be read or run is set aside with its reason."""
+def _read(row: Any) -> Schedule | Firing:
+    """A due row; one that cannot be read or run is set aside with its reason."""
     try:
         schedule = schedules.from_row(row)
         if not schedule.handed and schedule.func_name not in task_registry:
             raise LLMTasksError(f"no task function is registered as {schedule.func_name!r} where beat runs")
-        return fire(schedule, now)
     except Exception as error:
-        known = isinstance(error, LLMTasksError)
-        logger.error("schedule %s (%r) is set aside: %s", row.id, row.name, error, exc_info=not known)
-        why = f"set aside: {error}"
-        move = Advance(schedule_id=row.id, next_at=None, last_at=None, to=ScheduleState(row.state), why=why)
-        return Firing(new=[], skipped=[], advance=move)
+        return _set_aside(row.id, row.name, ScheduleState(row.state), error)
+    return schedule
 
 
-def fire(schedule: Schedule, now: datetime) -> Firing:
-    """The runs of a due schedule's instants up to ``now`` by its misfire policy, and where it stands afterwards.
+def _firing_of(schedule: Schedule, now: datetime, unfinished: dict[str, Unfinished]) -> Firing:
+    try:
+        return fire(schedule, now, unfinished.get(schedule.id))
+    except Exception as error:
+        return _set_aside(schedule.id, schedule.name, schedule.state, error)
+
+
+def _set_aside(schedule_id: str, name: str, state: ScheduleState, error: Exception) -> Firing:
+    known = isinstance(error, LLMTasksError)
+    logger.error("schedule %s (%r) is set aside: %s", schedule_id, name, error, exc_info=None if known else error)
+    move = Advance(schedule_id=schedule_id, next_at=None, last_at=None, to=state, why=f"set aside: {error}")
+    return Firing(new=[], skipped=[], advance=move)
+
+
+def fire(schedule: Schedule, now: datetime, unfinished: Unfinished | None = None) -> Firing:
+    """The runs of a due schedule's instants up to ``now`` by its policies, and where it stands afterwards.
 
     Pure. Of several instants that are due at once only the latest can be on time, and it is within ``misfire_grace``.
+    Misfire decides first which of them get a run, then overlap which of those may start, then ``max_runs``.
+
+    Args:
+        unfinished: What the schedule has not finished, where its overlap policy asks for that.
     """
-    trigger, first, ends_at = schedule.trigger, schedule.next_run_at, schedule.ends_at
+    policies = Policies.of(schedule.options)
+    first, ends_at, left = schedule.next_run_at, schedule.ends_at, schedule.runs_left
     assert first is not None
     until = now if ends_at is None else min(now, ends_at)
+    if left == 0:
+        return Firing(new=[], skipped=[], advance=_advance(schedule, None, None, had_its_runs(schedule.options)))
     if first > until:
-        return Firing(new=[], skipped=[], advance=_advance(schedule, None, None, "it reached its end"))
+        return Firing(new=[], skipped=[], advance=_advance(schedule, None, None, REACHED_END))
     before = first - _TICK
-    latest, count = latest_at_or_before(trigger, before, until)
+    latest, count = latest_at_or_before(schedule.trigger, before, until)
     if latest is None:
         # The row's time is none of its trigger's instants: somebody asked for it, and it stands for itself.
         latest, count = first, 1
-    new, skipped = _by_policy(schedule, before, latest, count, now)
-    following = trigger.next_after(max(latest, now))
-    over = None
+    wanted, missed = _by_misfire(schedule, policies, before, latest, count, now)
+    decided = overlap.decide(schedule, policies, wanted, unfinished, now)
+    new, skipped = decided.opened, [*missed, *decided.skipped]
+    following, over = schedule.next_after(max(latest, now)), None
     if following is None:
-        over = "it fired" if new else "its instant was missed"
-    elif ends_at is not None and following > ends_at:
-        following, over = None, "it reached its end"
-    return Firing(new=new, skipped=skipped, advance=_advance(schedule, following, latest, over))
+        over = REACHED_END if schedule.is_periodic else "it fired" if new else "its instant was missed"
+    if left is not None and len(new) >= left:
+        new, following, over = new[:left], None, over or had_its_runs(schedule.options)
+        latest = new[-1].scheduled_for or latest
+        skipped = [item for item in skipped if item.scheduled_for is not None and item.scheduled_for < latest]
+    if policies.jitter:
+        new = [_jittered(policies, item, now) for item in new]
+    advance = replace(_advance(schedule, following, latest, over), fired_now=len(new))
+    return Firing(new=new, skipped=skipped, advance=advance, cancels=decided.cancels)
 
 
 def _advance(schedule: Schedule, next_at: datetime | None, last_at: datetime | None, over: str | None) -> Advance:
@@ -123,25 +156,42 @@ def _advance(schedule: Schedule, next_at: datetime | None, last_at: datetime | N
     return Advance(schedule_id=schedule.id, next_at=next_at, last_at=last_at, to=to, why=over)
 
 
-def _by_policy(
-    schedule: Schedule, before: datetime, latest: datetime, count: int, now: datetime
+def _by_misfire(
+    schedule: Schedule, policies: Policies, before: datetime, latest: datetime, count: int, now: datetime
 ) -> tuple[list[NewRun], list[NewRun]]:
-    policy = Misfire(schedule.options.get("misfire") or Misfire.ONCE)
-    grace = schedule.options.get("misfire_grace")
-    missed = now - latest > timedelta(seconds=DEFAULT_MISFIRE_GRACE if grace is None else grace)
-    if policy is Misfire.SKIP:
+    """The runs that the misfire policy wants, earliest first, and the traces of instants that it leaves out."""
+    missed = policies.is_missed(latest, now)
+    if policies.misfire is Misfire.SKIP:
         if missed:
             return [], [_skipped(schedule, latest, count, now)]
         return [run_of(schedule, scheduled_for=latest)], _earlier(schedule, before, latest, now)
-    if policy is Misfire.ALL and count > 1:
-        instants = latest_instants(schedule.trigger, before, latest, ALL_LIMIT)
-        runs_of_all = [run_of(schedule, scheduled_for=item, reason=_late(now - item)) for item in instants[:-1]]
-        runs_of_all.append(run_of(schedule, scheduled_for=latest, reason=_late(now - latest) if missed else None))
-        return runs_of_all, _earlier(schedule, before, instants[0], now)
+    if policies.misfire is Misfire.ALL and (count > 1 or policies.window is not None):
+        return _each(schedule, policies, before, latest, now)
     reason = _late(now - latest) if missed else None
     if count > 1:
         reason = f"stands for {count} instants that nobody could dispatch in time"
     return [run_of(schedule, scheduled_for=latest, stands_for=count, reason=reason)], []
+
+
+def _each(
+    schedule: Schedule, policies: Policies, before: datetime, latest: datetime, now: datetime
+) -> tuple[list[NewRun], list[NewRun]]:
+    """A run for each of the latest instants that are on time or within the window."""
+    since = before
+    if policies.window is not None:
+        since = max(before, now - max(policies.window, policies.grace) - _TICK)
+    # An asked-for first run may be none of the trigger's instants.
+    instants = latest_instants(schedule.trigger, since, latest, ALL_LIMIT) or [latest] * (latest > since)
+    if not instants:
+        return [], _earlier(schedule, before, latest + _TICK, now)
+    # Only the latest is said to be on time: the others waited for a tick that did not come.
+    reasons = [_late(now - item) for item in instants]
+    if not policies.is_missed(latest, now):
+        reasons[-1] = ""
+    found = [
+        run_of(schedule, scheduled_for=item, reason=why or None) for item, why in zip(instants, reasons, strict=True)
+    ]
+    return found, _earlier(schedule, before, instants[0], now)
 
 
 def _earlier(schedule: Schedule, before: datetime, instant: datetime, now: datetime) -> list[NewRun]:
@@ -151,10 +201,20 @@ def _earlier(schedule: Schedule, before: datetime, instant: datetime, now: datet
 
 
 def _skipped(schedule: Schedule, instant: datetime, count: int, now: datetime) -> NewRun:
-    policy = schedule.options.get("misfire")
+    policies = Policies.of(schedule.options)
+    window = f" within {policies.window.total_seconds():g} s" if policies.window is not None else ""
     what = f"{count} instants missed, the latest" if count > 1 else "1 instant missed,"
-    reason = f"misfire policy {policy}: {what} {_late(now - instant)}"
+    reason = f"misfire policy {policies.misfire}{window}: {what} {_late(now - instant)}"
     return run_of(schedule, scheduled_for=instant, stands_for=count, reason=reason)
+
+
+def _jittered(policies: Policies, new: NewRun, now: datetime) -> NewRun:
+    """The run with the time at which it is sent: its instant's, or now where that was missed, and the jitter."""
+    jitter, begin = policies.jitter_of(new.id), new.scheduled_for
+    if begin is None or policies.is_missed(begin, now):
+        begin = now
+    reason = new.reason or f"{JITTERED}sent {jitter.total_seconds():.1f} s after its instant"
+    return replace(new, available_at=begin + jitter, reason=reason)
 
 
 def _late(late: timedelta) -> str:

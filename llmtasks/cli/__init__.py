@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "pause": "llmtasks.cli.control:pause",
     "resume": "llmtasks.cli.control:resume",
     "cancel": "llmtasks.cli.control:cancel",
+    "backfill": "llmtasks.cli.backfill:backfill",
     "purge": "llmtasks.cli.upkeep:purge",
     "migrate": "llmtasks.cli.upkeep:migrate",
     "broker": "llmtasks.cli.broker:broker",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Final
 
+from llmtasks.changes import OPTION_NAMES
 from llmtasks.cli import tables
 from llmtasks.cli.tables import Column
-from llmtasks.plan import OPTION_NAMES
+from llmtasks.policies import Overlap
 from llmtasks.store.runs import Run
 from llmtasks.task import Task
 
 #: What a Task's document has, in this order.
 _TASK_FIELDS: Final = (
     "id", "name", "func_name", "state", "reason", "next_run_at", "last_run_at", "scheduled_at", "interval_minutes",
-    "schedule", "timezone", "ends_at", "params", *OPTION_NAMES, "created_at", "updated_at",
+    "schedule", "timezone", "starts_at", "ends_at", "params", *OPTION_NAMES, "fired", "created_at", "updated_at",
 )  # fmt: skip
 TASK_COLUMNS: Final = (
     Column(title="ID"),
@@ -87,10 +89,25 @@ def print_runs(found: Sequence[Run], empty: str) -> None:
 def trigger_of(task: Task) -> str:
     """When a Task runs, in words."""
     if task.schedule is not None:
-        return f"{task.schedule} ({task.timezone})"
-    if task.interval_minutes is not None:
-        return tables.every(round(task.interval_minutes * 60_000_000))
-    return f"once at {tables.local(task.scheduled_at)}"
+        rule = f"{task.schedule} ({task.timezone})"
+    elif task.interval_minutes is not None:
+        rule = tables.every(round(task.interval_minutes * 60_000_000))
+    else:
+        rule = f"once at {tables.local(task.scheduled_at)}"
+    return rule + _limits(task)
+
+
+def _limits(task: Task) -> str:
+    """What keeps a Task from running at all of its trigger's instants, in words."""
+    now = datetime.now(UTC)
+    parts = (
+        f"from {tables.local(task.starts_at)}" if task.starts_at and task.starts_at > now else "",
+        f"until {tables.local(task.ends_at)}" if task.ends_at else "",
+        f"{task.fired} of {task.max_runs} runs" if task.max_runs else "",
+        f"up to {tables.duration(task.jitter_seconds)} later" if task.jitter_seconds else "",
+        f"overlap {task.overlap}" if task.overlap not in {None, Overlap.SKIP} else "",
+    )
+    return "".join(f", {part}" for part in parts if part)
 
 
 def task_block(task: Task) -> list[tuple[str, str]]:
@@ -105,7 +122,9 @@ def task_block(task: Task) -> list[tuple[str, str]]:
         ("trigger", trigger_of(task)),
         ("next run", tables.local_exact(task.next_run_at)),
         ("last run", tables.local_exact(task.last_run_at)),
+        ("starts", tables.local_exact(task.starts_at) if task.starts_at else ""),
         ("ends", tables.local_exact(task.ends_at) if task.ends_at else ""),
+        ("runs", f"{task.fired} of at most {task.max_runs}" if task.max_runs else ""),
         ("params", tables.pretty(task.params)),
         ("options", tables.pretty(given) if given else ""),
         ("created", tables.local_exact(task.created_at)),
@@ -125,6 +144,7 @@ def run_block(run: Run) -> list[tuple[str, str]]:
         ("task", run.schedule_id or ""),
         ("scheduled for", tables.local_exact(run.scheduled_for) if run.scheduled_for else ""),
         ("stands for", f"{run.stands_for} instants" if run.stands_for > 1 else ""),
+        ("backfilled", "yes" if run.backfilled else ""),
         ("queue", run.queue or ""),
         ("priority", f"{run.priority} (1 is first, 10 last)"),
         ("attempts", _attempts(run)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -54,6 +54,11 @@ _THESE: Final = (
 _RESERVE: Final = (
     update(outbox).where(outbox.c.run_id.in_(bindparam("ids", expanding=True))).values(available_at=bindparam("until"))
 )
+_POSTPONE: Final = (
+    update(outbox)
+    .where(outbox.c.run_id == bindparam("of_run"), outbox.c.available_at == bindparam("put_at"))
+    .values(available_at=bindparam("until"))
+)
 _REMOVE: Final = delete(outbox).where(outbox.c.run_id.in_(bindparam("ids", expanding=True)))
 _SENT: Final = (
     delete(outbox)
@@ -88,6 +93,12 @@ def put(tx: Connection, app: str, ids: Iterable[str], available_at: datetime, ki
 def put_new(tx: Connection, ids: list[str], now: datetime) -> None:
     """Owe the broker a message for each of these runs that is pending and was never published."""
     tx.execute(_PUT_NEW[tx.dialect.name], {"ids": ids, "now": now})
+
+
+def postpone(tx: Connection, times: Mapping[str, datetime], put_at: datetime) -> None:
+    """Owe the broker these messages, which this transaction put there at ``put_at``, at their own times."""
+    if times:
+        tx.execute(_POSTPONE, [{"of_run": run_id, "until": at, "put_at": put_at} for run_id, at in times.items()])
 
 
 def is_due(tx: Connection, app: str, now: datetime) -> bool:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
 #: The revision in migrations/versions that creates exactly these tables.
-SCHEMA_VERSION: Final = "0001"
+SCHEMA_VERSION: Final = "0002"
 VERSION_TABLE: Final = "llmtasks_version"
 
 
@@ -80,14 +80,17 @@ schedules: Final = Table(
     Column("every_us", BigInteger),
     #: The grid's origin of an interval, the instant of a one-off.
     Column("anchor", UtcDateTime),
-    #: JSON object: priority, timeout, max_retries, max_instances, queue, misfire, misfire_grace as given.
+    #: JSON object: priority, timeout, max_retries, max_instances, queue and the policies, as given.
     Column("options", Text, nullable=False),
     Column("state", String(12), nullable=False),
     Column("reason", Text),
     #: NULL unless the schedule is active and will fire.
     Column("next_run_at", UtcDateTime),
     Column("last_run_at", UtcDateTime),
+    Column("starts_at", UtcDateTime),
     Column("ends_at", UtcDateTime),
+    #: Runs that its instants got, which max_runs limits.
+    Column("fired", Integer, nullable=False, server_default=text("0")),
     #: The function is a plain Celery task of the app's own: its runs end when they are published.
     Column("handed", Boolean, nullable=False, server_default=false()),
     Column("created_at", UtcDateTime, nullable=False),
@@ -158,12 +161,16 @@ runs: Final = Table(
     Column("cancel_requested_at", UtcDateTime),
     #: How many missed instants this run stands for, itself included.
     Column("stands_for", Integer, nullable=False, server_default=text("1")),
+    #: Somebody asked for this instant afterwards: the overlap policy neither counts nor touches it.
+    Column("backfilled", Boolean, nullable=False, server_default=false()),
     #: JSON of the signature that takes this run's place until it is published.
     Column("replacement", Text),
     # One run for each instant. The migration leaves rows out of indexes that hold nothing for them: claims write less.
     Index("uq_llmtasks_runs_instant", "schedule_id", "scheduled_for", unique=True),
     # What keepers look at: rows leave this index for ever when their end is delivered.
     Index("ix_llmtasks_runs_open", "app", "state"),
+    # Only what beat's ticks ask for is in this one: runs of schedules, until their end is delivered.
+    Index("ix_llmtasks_runs_unfinished", "schedule_id"),
     Index("ix_llmtasks_runs_created", "app", "created_at"),
     Index("ix_llmtasks_runs_ended", "app", "ended_at"),
 )

@@ -52,6 +52,8 @@ class Run:
     cancel_requested_at: datetime | None
     #: How many missed instants the run stands for, itself included.
     stands_for: int
+    #: Whether ``Task.backfill`` opened it.
+    backfilled: bool
 
     @property
     def attempt(self) -> int:
@@ -87,14 +89,19 @@ class NewRun:
     schedule_slots: int | None = None
     max_retries: int | None = None
     stands_for: int = 1
+    backfilled: bool = False
     reason: str | None = None
+    #: When its message may be sent; None is at once.
+    available_at: datetime | None = None
 
 
 _COLUMNS: Final = [runs.c[name] for name in Run.__dataclass_fields__]
 _GET: Final = select(*_COLUMNS).where(runs.c.id == bindparam("id"))
+_GET_MANY: Final = select(*_COLUMNS).where(runs.c.id.in_(bindparam("ids", expanding=True)))
 _OPENED: Final = (
     "id", "app", "func_name", "name", "args", "kwargs", "envelope", "queue", "priority", "schedule_id", "scheduled_for",
-    "schedule_slots", "max_retries", "stands_for", "reason", "created_at", "state", "delivered", "ended_at",
+    "schedule_slots", "max_retries", "stands_for", "backfilled", "reason", "created_at", "state", "delivered",
+    "ended_at",
 )  # fmt: skip
 
 
@@ -126,11 +133,18 @@ def open_many(tx: Connection, new: Sequence[NewRun], now: datetime) -> None:
         return
     tx.execute(_INSERT[tx.dialect.name], [_row(item, now, RunState.PENDING) for item in new])
     outbox.put_new(tx, [item.id for item in new], now)
+    outbox.postpone(tx, {item.id: item.available_at for item in new if item.available_at is not None}, now)
 
 
 def record_ended(tx: Connection, new: NewRun, now: datetime, state: RunState) -> bool:
     """Record a run that ends as it begins (a skipped instant, an entry handed to Celery); say whether it is new."""
     return tx.execute(_INSERT[tx.dialect.name], _row(new, now, state)).rowcount == 1
+
+
+def record_skipped(tx: Connection, new: Sequence[NewRun], now: datetime) -> None:
+    """Record instants that a policy leaves out; one that has its run already keeps it."""
+    if new:
+        tx.execute(_INSERT[tx.dialect.name], [_row(item, now, RunState.SKIPPED) for item in new])
 
 
 def record_untold(tx: Connection, new: NewRun, now: datetime, state: RunState) -> None:
@@ -187,6 +201,13 @@ def get(tx: Connection, run_id: str) -> Run | None:
     return _run(row) if row else None
 
 
+def get_many(tx: Connection, ids: Sequence[str]) -> list[Run]:
+    """The runs with these ids, in this order; an id that no run has is left out."""
+    rows = tx.execute(_GET_MANY, {"ids": list(ids)}).mappings() if ids else ()
+    found = {row["id"]: _run(row) for row in rows}
+    return [found[run_id] for run_id in ids if run_id in found]
+
+
 def find(
     tx: Connection,
     app: str,
@@ -234,7 +255,7 @@ def _purgeable(app: str, before: datetime, func_name: str | None) -> ColumnEleme
 
 
 def _row(new: NewRun, now: datetime, state: RunState) -> dict[str, Any]:
-    row = {name: getattr(new, name) for name in NewRun.__dataclass_fields__}
+    row = {name: getattr(new, name) for name in NewRun.__dataclass_fields__ if name != "available_at"}
     ended = state in ENDED
     # An end that needs no telling is delivered from the start; a cancellation waits for the message it belongs to.
     return {

@@ -15,6 +15,9 @@ from llmtasks.states import ScheduleState
 from llmtasks.store.rows import UtcDateTime, insert_into, schedules
 from llmtasks.triggers import Cron, Interval, Once, Trigger
 
+#: What instants are counted in.
+_TICK: Final = timedelta(microseconds=1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
@@ -39,7 +42,10 @@ class Schedule:
     reason: str | None = None
     next_run_at: datetime | None = None
     last_run_at: datetime | None = None
+    starts_at: datetime | None = None
     ends_at: datetime | None = None
+    #: Runs that its instants got.
+    fired: int = 0
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
@@ -59,6 +65,24 @@ class Schedule:
         raise ConfigurationError(
             f"schedule {self.id} ({self.name!r}) has no readable trigger: kind {self.kind!r}; save it again"
         )
+
+    @property
+    def is_periodic(self) -> bool:
+        """Whether another instant may follow each."""
+        return self.kind != "once"
+
+    @property
+    def runs_left(self) -> int | None:
+        """How many more runs ``max_runs`` leaves; None without it."""
+        most: int | None = self.options.get("max_runs")
+        return None if most is None else max(0, most - self.fired)
+
+    def next_after(self, instant: datetime) -> datetime | None:
+        """The first instant after ``instant`` that its start and its end allow."""
+        if self.starts_at is not None:
+            instant = max(instant, self.starts_at - _TICK)
+        found = self.trigger.next_after(instant)
+        return None if found is None or (self.ends_at is not None and found > self.ends_at) else found
 
     def same_trigger(self, other: Schedule) -> bool:
         """Whether both name the same instants, the anchor of an interval aside."""
@@ -113,6 +137,7 @@ _ADVANCE: Final = (
         last_run_at=func.coalesce(bindparam("last_at", type_=UtcDateTime()), schedules.c.last_run_at),
         state=bindparam("to"),
         reason=bindparam("why"),
+        fired=schedules.c.fired + bindparam("fired_now"),
     )
 )
 
@@ -142,6 +167,7 @@ class Advance:
     last_at: datetime | None
     to: ScheduleState
     why: str | None
+    fired_now: int = 0
 
 
 def advance(tx: Connection, moves: list[Advance]) -> None:

@@ -630,7 +630,10 @@ EXISTING = """
     app = Celery("shop", broker={broker!r}, backend="db+sqlite:///results.db")
     app.conf.beat_schedule = {{
         "plain entry": {{"task": "plain", "schedule": 0.5, "args": ("entry",), "options": {{"queue": "special"}}}},
-        "registered entry": {{"task": "registered", "schedule": timedelta(seconds=0.5), "kwargs": {{"key": "entry"}}}},
+        "registered entry": {{
+            "task": "registered", "schedule": timedelta(seconds=0.5), "kwargs": {{"key": "entry"}},
+            "options": {{"overlap": "allow"}},
+        }},
         "nightly": {{"task": "plain", "schedule": crontab(minute="*/15", hour={{1, 2}}, day_of_week="mon-fri")}},
         "first monday": {{"task": "plain", "schedule": crontab(0, 9, day_of_week="monday", day_of_month="1-7")}},
         "impossible": {{"task": "plain", "schedule": crontab(0, 9, day_of_week="monday", day_of_month="8-14")}},

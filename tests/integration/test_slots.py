@@ -165,8 +165,9 @@ def test_periodic_run_without_a_free_slot_is_skipped(project: Project, tasks: An
     """The next instant comes anyway; the ledger says which run was skipped and why. A run by hand waits."""
     holder = tasks["alone"].delay("b0")
     ledger.becomes(holder.id, RunState.RUNNING)
-    task = Task(name="often", func_name="alone", params={"name": "b1"}, interval_minutes=1 / 60).save_sync()
     beat = project.beat()
+    beat.wait_for_log("schedules are declared in code")  # a run that stands for several instants would wait
+    task = Task(name="often", func_name="alone", params={"name": "b1"}, interval_minutes=1 / 60).save_sync()
 
     def skipped() -> list[Any]:
         return [run for run in ledger.all("alone") if run.name == "often" and run.state is RunState.SKIPPED]

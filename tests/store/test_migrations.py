@@ -9,7 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
 
-from llmtasks.store import outbox, rows, runs, schedules
+from llmtasks.store import outbox, overlaps, rows, runs, schedules
 from llmtasks.store.database import Database
 from tests.servers import PostgreSQL
 from tests.store.rows_of import APP, NOW, held, new_run, opened, owed, schedule
@@ -120,3 +120,40 @@ def test_migrations_at_once_on_a_server_wait_for_each_other(postgresql_server: P
         assert len(outbox.take_due(tx, APP, NOW, NOW, 10)) == 3
     database.close()
     postgresql_server.drop_database(url)
+
+
+def test_rows_of_the_first_version_keep_their_meaning(database: Database) -> None:
+    """Schedules and runs survive the way up, where they have what was added since, and the way down."""
+    database.migrate("base")
+    database.migrate("0001")
+    named = ("id", "app", "name", "func_name", "kind", "state", "created_at", "next_run_at")
+    every = schedule("s", options={"misfire": "all"})
+    texts = {"args": "[]", "kwargs": "{}", "options": '{"misfire": "all"}', "every_us": 60_000_000, "anchor": NOW}
+    values = {name: getattr(every, name) for name in named} | texts | {"created_at": NOW, "updated_at": NOW}
+    run = {
+        name: getattr(new_run("a"), name) for name in ("id", "app", "func_name", "name", "args", "kwargs", "priority")
+    }
+    run |= {"state": "running", "created_at": NOW, "schedule_id": "s", "scheduled_for": NOW}
+    with database._open_engine().execution_options(write=True).begin() as connection:
+        connection.execute(rows.schedules.insert().inline().values(values))
+        connection.execute(rows.runs.insert().inline().values(run))
+
+    database.migrate()
+
+    with database.transaction() as tx:
+        found = schedules.get(tx, "s")
+        assert found is not None
+        assert (found.trigger, found.options, found.next_run_at) == (every.trigger, {"misfire": "all"}, NOW)
+        assert (found.starts_at, found.fired) == (None, 0)
+        assert overlaps.unfinished(tx, ["s"])["s"].run_id == "a"
+        kept = runs.get(tx, "a")
+        assert kept is not None
+        assert kept.backfilled is False
+
+    database.migrate("0001")
+    with database._open_engine().connect() as connection:
+        assert connection.execute(text("SELECT id FROM llmtasks_schedules")).scalar() == "s"
+        assert connection.execute(text("SELECT state FROM llmtasks_runs")).scalar() == "running"
+    database.migrate()
+    with database.transaction() as tx:
+        assert schedules.get(tx, "s") == found

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from llmtasks.beat.tick import ALL_LIMIT, Firing, fire
-from llmtasks.states import ScheduleState
+from llmtasks.states import RunState, ScheduleState
+from llmtasks.store.overlaps import Unfinished
 from llmtasks.store.runs import NewRun
 from llmtasks.store.schedules import Schedule, trigger_columns
 from llmtasks.triggers import Cron, Interval, Once, Trigger
@@ -16,7 +17,9 @@ MINUTE = timedelta(minutes=1)
 SECOND = timedelta(seconds=1)
 
 
-def schedule(trigger: Trigger, first: datetime, *, ends_at: datetime | None = None, **options: Any) -> Schedule:
+def schedule(
+    trigger: Trigger, first: datetime, *, ends_at: datetime | None = None, fired: int = 0, **options: Any
+) -> Schedule:
     return Schedule(
         id="5b0f",
         app="app",
@@ -26,6 +29,7 @@ def schedule(trigger: Trigger, first: datetime, *, ends_at: datetime | None = No
         options=options,
         next_run_at=first,
         ends_at=ends_at,
+        fired=fired,
         **trigger_columns(trigger),
     )
 
@@ -264,3 +268,208 @@ def test_a_time_that_the_trigger_does_not_name_stands_for_itself() -> None:
 
     assert instants(firing.new) == [NOON]
     assert hours_apart(firing) == 12
+
+
+# -- the window
+
+
+def test_all_runs_only_instants_within_the_window_and_traces_the_older_ones() -> None:
+    """What is later than ``misfire_window`` is one skipped row that says how many it stands for."""
+    firing = fire(every_minute(misfire="all", misfire_window=300), NOON + 10 * MINUTE + 30 * SECOND)
+
+    assert instants(firing.new) == [NOON + step * MINUTE for step in range(6, 11)]
+    assert instants(firing.skipped) == [NOON + 5 * MINUTE]
+    assert firing.skipped[0].stands_for == 6
+    assert firing.skipped[0].reason == "misfire policy all within 300 s: 6 instants missed, the latest 330 s late"
+
+
+def test_nothing_within_the_window_runs_nothing() -> None:
+    """A nightly schedule whose beat returns in the morning, with a window of an hour."""
+    nightly = schedule(Cron("0 12 * * *"), NOON, misfire="all", misfire_window=3600)
+
+    firing = fire(nightly, NOON + timedelta(hours=5))
+
+    assert firing.new == []
+    assert firing.skipped[0].reason == "misfire policy all within 3600 s: 1 instant missed, 18000 s late"
+    assert hours_apart(firing) == 24
+
+
+def test_an_instant_on_time_runs_however_short_the_window() -> None:
+    """The window is about missed instants; within the grace none is."""
+    firing = fire(every_minute(misfire="all", misfire_window=1), NOON + 30 * SECOND)
+
+    assert instants(firing.new) == [NOON]
+    assert firing.skipped == []
+
+
+def test_window_does_not_lift_the_limit() -> None:
+    """No more than the latest thousand, however long the window."""
+    firing = fire(every_minute(misfire="all", misfire_window=10**6), NOON + 1_500 * MINUTE)
+
+    assert len(firing.new) == ALL_LIMIT
+    assert sum(run.stands_for for run in firing.skipped) == 501
+
+
+# -- max_runs
+
+
+def test_the_last_of_max_runs_completes_the_schedule() -> None:
+    """It says why, and has no next run."""
+    firing = fire(every_minute(max_runs=3, fired=2), NOON + SECOND)
+
+    assert instants(firing.new) == [NOON]
+    assert (firing.advance.to, firing.advance.next_at) == (ScheduleState.COMPLETED, None)
+    assert firing.advance.why == "max_runs: it had all of its 3"
+    assert firing.advance.fired_now == 1
+
+
+def test_of_several_missed_instants_only_the_earliest_that_max_runs_leaves_run() -> None:
+    """What comes after the last run is no instant of the schedule any more."""
+    firing = fire(every_minute(max_runs=5, fired=3, misfire="all"), NOON + 10 * MINUTE)
+
+    assert instants(firing.new) == [NOON, NOON + MINUTE]
+    assert firing.skipped == []
+    assert (firing.advance.last_at, firing.advance.to) == (NOON + MINUTE, ScheduleState.COMPLETED)
+
+
+def test_a_run_that_stands_for_several_instants_is_one_of_max_runs() -> None:
+    """What is counted are runs."""
+    firing = fire(every_minute(max_runs=2), NOON + 10 * MINUTE)
+
+    assert (firing.advance.fired_now, firing.advance.to) == (1, ScheduleState.ACTIVE)
+
+
+def test_a_skipped_instant_is_none_of_max_runs() -> None:
+    """Neither one that was missed nor one that overlaps."""
+    missed = fire(every_minute(max_runs=1, misfire="skip"), NOON + 90 * SECOND)
+    overlapping = fire(every_minute(max_runs=1), NOON, UNFINISHED)
+
+    assert (overlapping.advance.fired_now, overlapping.advance.to) == (0, ScheduleState.ACTIVE)
+    assert [run.stands_for for run in missed.skipped] == [1]
+    assert (missed.advance.fired_now, missed.advance.to) == (1, ScheduleState.COMPLETED)
+
+
+def test_a_lowered_max_runs_completes_the_schedule_without_a_run() -> None:
+    """Code that declares fewer than there were already."""
+    firing = fire(every_minute(max_runs=2, fired=5), NOON)
+
+    assert firing.new == firing.skipped == []
+    assert (firing.advance.to, firing.advance.why) == (ScheduleState.COMPLETED, "max_runs: it had all of its 2")
+
+
+# -- overlap
+
+UNFINISHED = Unfinished(count=1, run_id="r1", state=RunState.RUNNING, scheduled_for=NOON - MINUTE)
+NAMED = "run r1 (2026-03-02T11:59:00+00:00) is running"
+
+
+def test_skip_leaves_out_an_instant_that_comes_while_another_run_is_unfinished() -> None:
+    """The default: the trace names the run that was in the way, and the schedule goes on."""
+    firing = fire(every_minute(), NOON + SECOND, UNFINISHED)
+
+    assert firing.new == []
+    assert instants(firing.skipped) == [NOON]
+    assert firing.skipped[0].reason == f"overlap policy skip: {NAMED}"
+    assert firing.skipped[0].id == fire(every_minute(), NOON).new[0].id
+    assert (firing.advance.next_at, firing.advance.last_at) == (NOON + MINUTE, NOON)
+
+
+def test_skip_leaves_out_a_run_that_would_stand_for_missed_instants() -> None:
+    """Each of them would have been skipped in its time; the trace counts them."""
+    firing = fire(every_minute(), NOON + 10 * MINUTE, UNFINISHED)
+
+    assert firing.new == []
+    assert [run.stands_for for run in firing.skipped] == [11]
+
+
+def test_skip_names_a_run_by_hand_as_one() -> None:
+    """It belongs to no instant."""
+    by_hand = Unfinished(count=1, run_id="r2", state=RunState.QUEUED, scheduled_for=None)
+
+    firing = fire(every_minute(), NOON, by_hand)
+
+    assert firing.skipped[0].reason == "overlap policy skip: run r2 (by hand) is queued"
+
+
+@pytest.mark.parametrize(
+    ("max_instances", "unfinished", "runs"), [(None, 0, 1), (None, 1, 1), (None, 2, 0), (3, 3, 1), (3, 4, 0)]
+)
+def test_queue_one_lets_one_run_wait(max_instances: int | None, unfinished: int, runs: int) -> None:
+    """Behind as many as may run at once, which is one where nobody says otherwise."""
+    found = Unfinished(count=unfinished, run_id="r1", state=RunState.RUNNING, scheduled_for=NOON - MINUTE)
+
+    firing = fire(every_minute(overlap="queue_one", max_instances=max_instances), NOON, found if unfinished else None)
+
+    assert len(firing.new) == runs
+    assert [run.schedule_slots for run in firing.new] == [max_instances or 1] * runs
+    assert [run.reason for run in firing.skipped] == [f"overlap policy queue_one: {NAMED}, and another waits already"][
+        runs:
+    ]
+
+
+def test_allow_asks_for_nothing() -> None:
+    """Whatever is unfinished, the instant runs, and nothing but ``max_instances`` limits it."""
+    firing = fire(every_minute(overlap="allow"), NOON, UNFINISHED)
+
+    assert instants(firing.new) == [NOON]
+    assert (firing.new[0].schedule_slots, firing.skipped, firing.cancels) == (None, [], None)
+
+
+def test_cancel_running_cancels_for_the_new_run_which_waits_for_their_place() -> None:
+    """The reason of the cancelled ones names the run that takes their place."""
+    firing = fire(every_minute(overlap="cancel_running"), NOON, UNFINISHED)
+
+    assert instants(firing.new) == [NOON]
+    assert firing.new[0].schedule_slots == 1
+    assert firing.cancels == (
+        f"overlap policy cancel_running: run {firing.new[0].id} (2026-03-02T12:00:00+00:00) takes its place"
+    )
+    assert fire(every_minute(overlap="cancel_running"), NOON).cancels is None
+
+
+@pytest.mark.parametrize("overlap", ["skip", "queue_one", "cancel_running"])
+def test_instants_that_all_makes_up_for_run_whatever_is_unfinished(overlap: str) -> None:
+    """Those later than the grace; the one that is on time is judged as always."""
+    firing = fire(every_minute(misfire="all", overlap=overlap), NOON + 3 * MINUTE + 10 * SECOND, UNFINISHED)
+
+    made_up = [NOON, NOON + MINUTE, NOON + 2 * MINUTE]
+    assert instants(firing.new) == (made_up if overlap == "skip" else [*made_up, NOON + 3 * MINUTE])
+    assert len(firing.skipped) == (overlap == "skip")
+
+
+def test_a_one_off_does_not_overlap() -> None:
+    """A run by hand does not keep it from its only instant."""
+    assert len(fire(schedule(Once(NOON), NOON), NOON, UNFINISHED).new) == 1
+
+
+# -- jitter
+
+
+def test_jitter_moves_the_message_and_not_the_instant() -> None:
+    """The delay is a part of ``jitter_seconds``, the same whoever computes it, and another for the next instant."""
+    one, again = fire(every_minute(jitter_seconds=30), NOON), fire(every_minute(jitter_seconds=30), NOON + 5 * SECOND)
+    delays = []
+    for step in range(100):
+        at = NOON + step * MINUTE
+        run = fire(every_minute(at, jitter_seconds=30), at).new[0]
+        assert run.available_at is not None
+        delays.append((run.available_at - at).total_seconds())
+
+    assert instants(one.new) == [NOON]
+    assert one.new[0].available_at == again.new[0].available_at
+    assert all(0 <= delay < 30 for delay in delays)
+    assert len(set(delays)) == 100
+    assert 10 < sum(delays) / 100 < 20
+    assert one.new[0].reason == f"jitter: sent {delays[0]:.1f} s after its instant"
+    assert one.advance.next_at == NOON + MINUTE
+
+
+def test_jitter_spreads_missed_instants_from_now_on() -> None:
+    """After an outage not all schedules run in the same second."""
+    late = NOON + timedelta(hours=1)
+
+    run = fire(schedule(Cron("0 12 * * *"), NOON, jitter_seconds=30), late).new[0]
+
+    assert run.available_at is not None
+    assert late <= run.available_at < late + 30 * SECOND
+    assert run.reason == "3600 s late"

@@ -1,0 +1,64 @@
+"""Overlaps: the unfinished runs of schedules, as beat's policies need them: one question for a whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, select
+
+from llmtasks.states import LIVE, RunState
+from llmtasks.store.cancelling import cancel_where
+from llmtasks.store.rows import runs, state_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """What a schedule has not finished: how many runs, and the oldest of them."""
+
+    count: int
+    run_id: str
+    state: RunState
+    scheduled_for: datetime | None
+
+
+def _counted(schedule_ids: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Pending, queued, waiting, running and retrying runs, those by hand too, backfilled ones not."""
+    # The first two terms are the index's own condition.
+    return and_(schedule_ids, ~runs.c.delivered, ~runs.c.backfilled, state_in(LIVE))
+
+
+_NUMBERED: Final = (
+    select(
+        runs.c.schedule_id,
+        runs.c.id,
+        runs.c.state,
+        runs.c.scheduled_for,
+        func.count().over(partition_by=runs.c.schedule_id).label("many"),
+        func.row_number().over(partition_by=runs.c.schedule_id, order_by=[runs.c.created_at, runs.c.id]).label("age"),
+    )
+    .where(_counted(runs.c.schedule_id.in_(bindparam("ids", expanding=True))))
+    .subquery()
+)
+_OLDEST: Final = select(_NUMBERED).where(_NUMBERED.c.age == 1)
+
+
+def unfinished(tx: Connection, schedule_ids: Collection[str]) -> dict[str, Unfinished]:
+    """What these schedules have not finished, by their ids; one that has nothing is not there."""
+    if not schedule_ids:
+        return {}
+    return {
+        row.schedule_id: Unfinished(
+            count=row.many, run_id=row.id, state=RunState(row.state), scheduled_for=row.scheduled_for
+        )
+        for row in tx.execute(_OLDEST, {"ids": list(schedule_ids)})
+    }
+
+
+def cancel_unfinished(tx: Connection, reasons: dict[str, str], now: datetime) -> list[str]:
+    """Cancel what these schedules have not finished, each for its own reason; returns the runs' ids."""
+    if not reasons:
+        return []
+    return cancel_where(tx, _counted(runs.c.schedule_id.in_(list(reasons))), now, reasons)
