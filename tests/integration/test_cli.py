@@ -6,14 +6,14 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from llmtasks.cli import COMMANDS, llmtasks
+from llmtasks.cli import COMMANDS, llmtasks, tables
 from llmtasks.dispatch import Station, station
 from llmtasks.states import RunState, ScheduleState
 from llmtasks.store import rows
@@ -189,6 +189,26 @@ def test_schedules_are_filtered(shop: Shop) -> None:
     assert shop.text("schedules", "--func", "other") == "no such schedule\n"
 
 
+def test_policies_are_shown(shop: Shop) -> None:
+    """What keeps a Task from running at each instant stands beside its trigger; ``show`` and JSON have every option."""
+    task = shop.task(
+        overlap="queue_one", misfire="all", misfire_window=timedelta(hours=1), max_runs=4, jitter_seconds=90,
+        starts_at=datetime(2998, 1, 1, tzinfo=UTC), ends_at=datetime(2999, 1, 1, tzinfo=UTC),
+    )  # fmt: skip
+
+    listed, block, (document,) = shop.text("schedules"), shop.text("show", "nightly"), shop.json("schedules")
+
+    local = [tables.local(instant) for instant in (task.starts_at, task.ends_at)]
+    limits = f"from {local[0]}, until {local[1]}, 0 of 4 runs, up to 1 min 30 s later, overlap queue_one"
+    assert f"0 0 * * * (UTC), {limits}  " in listed
+    assert f"0 0 * * * (UTC), {limits}\n" in block
+    assert "runs      0 of at most 4\n" in block
+    for part in ('"misfire_window": 3600.0', '"jitter_seconds": 90', '"overlap": "queue_one"'):
+        assert part in block
+    assert (document["starts_at"], document["max_runs"], document["fired"]) == ("2998-01-01T00:00:00+00:00", 4, 0)
+    assert len(shop.json("next", "nightly", "-n", "9")["next_runs"]) == 4
+
+
 def test_empty_ledger_says_where_schedules_come_from(shop: Shop) -> None:
     """Those in code are not there before a beat has started."""
     assert shop.text("schedules") == "no schedule yet; those in code are stored when beat starts\n"
@@ -243,6 +263,42 @@ def test_next_lists_the_next_instants(shop: Shop) -> None:
     assert all((instant.hour, instant.minute) == (0, 0) for instant in found)
     assert len(paused.stdout.splitlines()) == 2
     assert paused.stderr == "nightly is paused: it would run\n"
+
+
+# -- backfill
+
+
+def test_backfill_opens_the_runs_that_a_dry_run_names(shop: Shop) -> None:
+    """Once; the second time there is nothing left to do."""
+    task = shop.task()
+    window = ("--from", "2026-03-02T00:00+00:00", "--to", "2026-03-04T12:00+00:00")
+
+    planned = shop.json("backfill", "nightly", *window, "--dry-run")
+    told = shop.text("backfill", "nightly", *window, "--dry-run")
+    assert shop.json("runs") == []
+    done = shop.json("backfill", str(task.id), *window)
+
+    days = [f"2026-03-0{day}T00:00:00+00:00" for day in (2, 3, 4)]
+    assert (planned["count"], planned["instants"], planned["dry_run"]) == (3, days, True)
+    assert told.endswith("\n3 runs of nightly would be opened\n")
+    assert len(told.splitlines()) == 4
+    assert [run["scheduled_for"] for run in done["runs"]] == days
+    assert done["runs"][0]["reason"].startswith("backfill 2026-03-02T00:00:00+00:00 to ")
+    assert shop.text("backfill", "nightly", *window) == "0 runs of nightly are opened\n"
+    assert "backfilled" in shop.text("show", done["runs"][0]["id"])
+
+
+def test_backfill_says_what_it_cannot_do(shop: Shop) -> None:
+    """Exit code 1 and how many runs there would be; 2 for an instant that cannot be read; now is the default end."""
+    shop.task(schedule="* * * * *")
+
+    many = shop.command("backfill", "nightly", "--from", "1d")
+    unread = shop.command("backfill", "nightly", "--from", "yesterday")
+    nobody = shop.command("backfill", "nobody", "--from", "1d")
+
+    assert (many.exit_code, unread.exit_code, nobody.exit_code) == (1, 2, 1)
+    assert "limit=1000: expected at least 1,44" in many.stderr
+    assert len(shop.json("backfill", "nightly", "--from", "10m", "--limit", "20")["runs"]) in {10, 11}
 
 
 # -- runs and show

@@ -7,7 +7,7 @@ reportUnnecessaryTypeIgnoreComment).
 from __future__ import annotations
 
 from collections.abc import Sequence  # noqa: F401  # in quotes below
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, assert_type
 
 import llmtasks
@@ -44,6 +44,23 @@ async def bound(self: Any, doc_id: str) -> bytes:
 @task_registry.register(name="bound_sync", bind=True, schedule="0 0 * * *", timezone="Europe/Berlin")
 def bound_sync(self: Any) -> None:
     return None
+
+
+@task_registry.register(
+    name="policies",
+    interval_minutes=5,
+    overlap="queue_one",
+    misfire="all",
+    misfire_window=timedelta(hours=1),
+    starts_at=datetime(2026, 1, 1),
+    ends_at=datetime(2027, 1, 1),
+    max_runs=10,
+    jitter_seconds=2.5,
+)
+async def policies() -> None: ...
+
+
+task_registry.register(name="wrong", overlap="queue")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 async def handle_failure(run: Run, error: Exception) -> None:
@@ -109,6 +126,8 @@ async def tasks() -> None:
     assert_type(await task.cancel(), Task)
     assert_type(await task.execute_now(), Run)
     assert_type(task.execute_now_sync(), Run)
+    assert_type(await task.backfill(datetime.now(), datetime.now()), list[Run])
+    assert_type(task.backfill_sync(datetime.now(), datetime.now(), limit=5), list[Run])
     assert_type(await Task.get("one"), Task)
     assert_type(await Task.list(states=["active"]), list[Task])
     assert_type(Task.list_sync(name="one"), list[Task])

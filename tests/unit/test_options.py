@@ -80,6 +80,11 @@ def test_limits_of_celery_are_taken_as_they_are() -> None:
         ({"max_instances": 0}, "max_instances=0: expected a whole number from 1"),
         ({"misfire": "never"}, "misfire='never': expected one of 'once', 'skip', 'all'"),
         ({"misfire_grace": -1}, "misfire_grace=-1: expected a number from 0"),
+        (
+            {"max_runs": 3},
+            "max_runs=3: expected a value only together with interval_minutes or schedule. A Task has its",
+        ),
+        ({"jitter_seconds": 3}, "jitter_seconds=3: expected a value only together with interval_minutes or schedule"),
         ({"queue": ""}, "queue='': expected the name of a queue"),
         ({"queue": 5}, "queue=5: expected the name of a queue"),
         ({"queue": "q" * 201}, "expected the name of a queue, up to 200 characters"),
