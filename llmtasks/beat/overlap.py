@@ -38,6 +38,8 @@ def decide(
     What counts was unfinished before. Several instants are due at once only for misfire "all"; those that it makes up
     for are run whatever is unfinished, because that is what was asked for.
     """
+    if unfinished is None and len(new) <= 1:
+        return Decided(opened=new, skipped=[])
     made_up = [item for item in new if policies.misfire is Misfire.ALL and _is_late(item, policies, now)]
     due = new[len(made_up) :]
     if not due or not asks(schedule):

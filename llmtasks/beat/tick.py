@@ -122,7 +122,7 @@ def fire(schedule: Schedule, now: datetime, unfinished: Unfinished | None = None
     Args:
         unfinished: What the schedule has not finished, where its overlap policy asks for that.
     """
-    policies = Policies.of(schedule.options)
+    policies, trigger = Policies.of(schedule.options), schedule.trigger
     first, ends_at, left = schedule.next_run_at, schedule.ends_at, schedule.runs_left
     assert first is not None
     until = now if ends_at is None else min(now, ends_at)
@@ -131,16 +131,17 @@ def fire(schedule: Schedule, now: datetime, unfinished: Unfinished | None = None
     if first > until:
         return Firing(new=[], skipped=[], advance=_advance(schedule, None, None, REACHED_END))
     before = first - _TICK
-    latest, count = latest_at_or_before(schedule.trigger, before, until)
+    latest, count = latest_at_or_before(trigger, before, until)
     if latest is None:
         # The row's time is none of its trigger's instants: somebody asked for it, and it stands for itself.
         latest, count = first, 1
     wanted, missed = _by_misfire(schedule, policies, before, latest, count, now)
     decided = overlap.decide(schedule, policies, wanted, unfinished, now)
     new, skipped = decided.opened, [*missed, *decided.skipped]
-    following, over = schedule.next_after(max(latest, now)), None
-    if following is None:
+    following, over = trigger.next_after(max(latest, now)), None
+    if following is None or (ends_at is not None and following > ends_at):
         over = REACHED_END if schedule.is_periodic else "it fired" if new else "its instant was missed"
+        following = None
     if left is not None and len(new) >= left:
         new, following, over = new[:left], None, over or had_its_runs(schedule.options)
         latest = new[-1].scheduled_for or latest
