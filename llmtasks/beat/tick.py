@@ -137,19 +137,21 @@ def fire(schedule: Schedule, now: datetime, unfinished: Unfinished | None = None
         latest, count = first, 1
     wanted, missed = _by_misfire(schedule, policies, before, latest, count, now)
     decided = overlap.decide(schedule, policies, wanted, unfinished, now)
-    new, skipped = decided.opened, [*missed, *decided.skipped]
+    new, skipped, cancels = decided.opened, [*missed, *decided.skipped], decided.cancels
     following, over = trigger.next_after(max(latest, now)), None
     if following is None or (ends_at is not None and following > ends_at):
         over = REACHED_END if schedule.is_periodic else "it fired" if new else "its instant was missed"
         following = None
     if left is not None and len(new) >= left:
+        if len(new) > left:  # the run that others would be cancelled for is none
+            cancels = None
         new, following, over = new[:left], None, over or had_its_runs(schedule.options)
         latest = new[-1].scheduled_for or latest
         skipped = [item for item in skipped if item.scheduled_for is not None and item.scheduled_for < latest]
     if policies.jitter:
         new = [_jittered(policies, item, now) for item in new]
     advance = replace(_advance(schedule, following, latest, over), fired_now=len(new))
-    return Firing(new=new, skipped=skipped, advance=advance, cancels=decided.cancels)
+    return Firing(new=new, skipped=skipped, advance=advance, cancels=cancels)
 
 
 def _advance(schedule: Schedule, next_at: datetime | None, last_at: datetime | None, over: str | None) -> Advance:

@@ -26,8 +26,8 @@ _PUT: Final = PerDialect(lambda dialect: insert_into(slots, dialect).values(_ROW
 _WAITING: Final = (
     select(runs.c.id, runs.c.app, runs.c.func_name, runs.c.function_slots, runs.c.schedule_id, runs.c.schedule_slots)
     .where(~runs.c.delivered, runs.c.state == RunState.WAITING)
-    # Backfilled runs are created together.
-    .order_by(runs.c.priority, runs.c.created_at, runs.c.scheduled_for, runs.c.id)
+    # Backfilled runs are many and were created together: they let others pass, and go by their instants.
+    .order_by(runs.c.priority, runs.c.backfilled, runs.c.created_at, runs.c.scheduled_for, runs.c.id)
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True)
 )

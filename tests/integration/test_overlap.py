@@ -1,4 +1,4 @@
-"""Overlap policies with a real beat and a real worker: what starts beside what, and what the ledger says."""
+"""Overlap policies with two real beats and a worker: what starts beside what, and what the ledger says."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -41,7 +41,8 @@ pytestmark = pytest.mark.redis
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     with project_with(tmp_path_factory.mktemp("overlap"), TASKS, **QUICK) as project:
         project.worker(concurrency=6)
-        project.beat().wait_for_log("schedules are declared in code")
+        for beat in (project.beat(), project.beat()):
+            beat.wait_for_log("schedules are declared in code")
         assert project.app
         yield project
 

@@ -104,19 +104,21 @@ def test_postponed_messages_keep_their_own_times(database: Database) -> None:
 
 
 def test_waiting_backfilled_runs_go_in_the_order_of_their_instants(database: Database) -> None:
-    """They were all opened at the same moment."""
+    """They were all opened at the same moment; the schedule's own, which came later, passes them."""
     ids = ["d", "b", "a", "c"]
-    opened(database, *(of("s", run_id, minute, schedule_slots=1) for minute, run_id in enumerate(ids)))
-    claims = {run_id: started(database, run_id)[0] for run_id in ids}
+    backfilled = {"schedule_slots": 1, "backfilled": True}
+    opened(database, *(of("s", run_id, minute, **backfilled) for minute, run_id in enumerate(ids)))
+    opened(database, of("s", "own", 60, schedule_slots=1), at=later(9))
+    claims = {run_id: started(database, run_id)[0] for run_id in [*ids, "own"]}
 
     order = []
     claim = claims["d"]
-    for _ in range(3):
+    for _ in range(4):
         _, (following,) = ended(database, claim)
         order.append(following)
         claim = held(database, following)
 
-    assert order == ids[1:]
+    assert order == ["own", *ids[1:]]
 
 
 def test_uncovered_are_instants_without_a_row_and_those_that_a_policy_left_out(database: Database) -> None:

@@ -427,6 +427,15 @@ def test_cancel_running_cancels_for_the_new_run_which_waits_for_their_place() ->
     assert fire(every_minute(overlap="cancel_running"), NOON).cancels is None
 
 
+def test_nothing_is_cancelled_for_a_run_that_max_runs_does_not_leave() -> None:
+    """The last run is an earlier one, which was made up for."""
+    options = {"overlap": "cancel_running", "misfire": "all", "max_runs": 1}
+
+    firing = fire(every_minute(**options), NOON + 3 * MINUTE, UNFINISHED)
+
+    assert (instants(firing.new), firing.cancels) == ([NOON], None)
+
+
 @pytest.mark.parametrize("overlap", ["skip", "queue_one", "cancel_running"])
 def test_instants_that_all_makes_up_for_run_whatever_is_unfinished(overlap: str) -> None:
     """Those later than the grace; the one that is on time is judged as always."""
