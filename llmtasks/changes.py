@@ -17,7 +17,7 @@ from llmtasks.store.schedules import Schedule
 #: What a Task may say in place of its function's registration; kept in the row as given.
 OPTION_NAMES: Final = ("priority", "timeout", "max_retries", "max_instances", "queue", *POLICY_NAMES)
 #: What a row keeps when its Task is saved again.
-_KEPT: Final = ("app", "state", "reason", "last_run_at", "fired", "created_at")
+_KEPT: Final = ("app", "state", "reason", "paused_at", "last_run_at", "fired", "created_at")
 _TICK: Final = timedelta(microseconds=1)
 
 
@@ -125,14 +125,15 @@ def check_movable(row: Schedule, verb: str) -> None:
         )
 
 
-def paused(row: Schedule) -> Schedule:
-    """A row that fires no more until it is resumed."""
-    return replace(row, state=ScheduleState.PAUSED, next_run_at=None, reason=None)
+def paused(row: Schedule, now: datetime, by: str | None = None) -> Schedule:
+    """A row that fires no more until it is resumed; it says since when and who wanted that."""
+    reason = None if by is None else f"paused by {by}"
+    return replace(row, state=ScheduleState.PAUSED, next_run_at=None, reason=reason, paused_at=now)
 
 
 def resumed(row: Schedule, now: datetime) -> Schedule:
     """A row that fires at its next instant after ``now``; without one it is completed."""
-    following = row.next_after(now)
+    following, row = row.next_after(now), replace(row, paused_at=None)
     if following is None:
         over = "its last instant passed while it was paused"
         return replace(row, state=ScheduleState.COMPLETED, next_run_at=None, reason=over)

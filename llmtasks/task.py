@@ -10,7 +10,7 @@ from typing import Any, Self, TypeAlias
 
 from llmtasks import backfill, dispatch
 from llmtasks.changes import OPTION_NAMES, begun, check_movable, paused, resumed, saved_over, upcoming
-from llmtasks.checks import check_whole
+from llmtasks.checks import check_text, check_whole
 from llmtasks.dispatch import run_of, station
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
 from llmtasks.plan import Plan, rich
@@ -34,7 +34,8 @@ class Task(Plan):
 
     Attributes:
         state: Active, paused, completed or cancelled; None before the first ``save``.
-        reason: Why it completed, was cancelled, or was set aside by beat.
+        reason: Who paused it, why it completed, was cancelled, or was set aside by beat.
+        paused_at: Since when it is paused.
         last_run_at: The latest instant that was dispatched.
         fired: How many runs its instants got; ``max_runs`` limits it.
         created_at: When it was saved first.
@@ -43,6 +44,7 @@ class Task(Plan):
 
     state: ScheduleState | None = field(default=None, init=False)
     reason: str | None = field(default=None, init=False)
+    paused_at: datetime | None = field(default=None, init=False)
     last_run_at: datetime | None = field(default=None, init=False)
     fired: int = field(default=0, init=False)
     created_at: datetime | None = field(default=None, init=False)
@@ -89,13 +91,18 @@ class Task(Plan):
 
     # -- control
 
-    def pause_sync(self) -> Self:
+    def pause_sync(self, by: str | None = None) -> Self:
         """Fire no more until resumed; runs that exist go on.
+
+        Args:
+            by: Who wants that; the reason says so until the Task is resumed. Of a paused Task it stays who it was.
 
         Raises:
             ForbiddenTransitionError: The Task is cancelled or completed.
         """
-        return self._move(ScheduleState.PAUSED, "pause")
+        if by is not None:
+            check_text("by", by, "a name of 1 to 200 characters")
+        return self._move(ScheduleState.PAUSED, "pause", by)
 
     def resume_sync(self) -> Self:
         """Fire again from the next instant on; nothing that was missed runs. Raises as ``pause_sync`` does."""
@@ -108,7 +115,7 @@ class Task(Plan):
         with at.database.transaction() as tx:
             row = self._read(tx, lock=True)
             if row.state is not ScheduleState.CANCELLED:
-                ended = replace(row, state=ScheduleState.CANCELLED, next_run_at=None, reason=reason)
+                ended = replace(row, state=ScheduleState.CANCELLED, next_run_at=None, paused_at=None, reason=reason)
                 row = schedules.put(tx, ended, now)
             ids = cancelling.cancel_of_schedule(tx, row.id, now, reason)
         self._adopt(row)
@@ -150,9 +157,9 @@ class Task(Plan):
             row = self._read(connection)
         return backfill.open_all(at, backfill.missing(at, row, start, end, limit))
 
-    async def pause(self) -> Self:
+    async def pause(self, by: str | None = None) -> Self:
         """As ``pause_sync``, in a thread."""
-        return await asyncio.to_thread(self.pause_sync)
+        return await asyncio.to_thread(self.pause_sync, by)
 
     async def resume(self) -> Self:
         """As ``resume_sync``, in a thread."""
@@ -254,14 +261,15 @@ class Task(Plan):
             return schedules.put(tx, begun(checked, now), now)
         return schedules.put(tx, saved_over(before, checked, moved=self._asks_for_next_run, now=now), now)
 
-    def _move(self, to: ScheduleState, verb: str) -> Self:
+    def _move(self, to: ScheduleState, verb: str, by: str | None = None) -> Self:
         at = station()
         now = at.database.now()
         with at.database.transaction() as tx:
             row = self._read(tx, lock=True)
             check_movable(row, verb)
             if row.state is not to or (to is ScheduleState.ACTIVE and row.next_run_at is None):
-                row = schedules.put(tx, paused(row) if to is ScheduleState.PAUSED else resumed(row, now), now)
+                row = paused(row, now, by) if to is ScheduleState.PAUSED else resumed(row, now)
+                row = schedules.put(tx, row, now)
         self._adopt(row)
         return self
 
@@ -279,7 +287,7 @@ class Task(Plan):
         self.timezone = row.timezone
         self.next_run_at, self.last_run_at, self.fired = row.next_run_at, row.last_run_at, row.fired
         self.starts_at, self.ends_at = row.starts_at, row.ends_at
-        self.created_at, self.updated_at = row.created_at, row.updated_at
+        self.created_at, self.updated_at, self.paused_at = row.created_at, row.updated_at, row.paused_at
         self._row = row
 
     @classmethod

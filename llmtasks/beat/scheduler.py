@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +20,7 @@ from llmtasks.beat.ping import be_quiet
 from llmtasks.dispatch import Station, publish, station
 from llmtasks.errors import BrokerUnavailableError, DatabaseUnavailableError, LLMTasksError
 from llmtasks.keeper import Keeper
+from llmtasks.registry import task_registry
 from llmtasks.store import processes
 from llmtasks.store.processes import Process
 from llmtasks.store.waking import Waking
@@ -191,6 +192,8 @@ class ScheduleBeat(Scheduler):
             cpu_percent=self._process.cpu_percent(None),
             memory=self._process.memory_info().rss,
             declared=self._declared or (),
+            functions=tuple(task_registry.names()),
+            clock_offset=(datetime.now(UTC) - now).total_seconds(),
         )
 
     def _say(self, level: int, sentence: str, error: LLMTasksError) -> None:

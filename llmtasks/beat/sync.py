@@ -73,7 +73,8 @@ def complete_removed(at: Station, mine: Collection[str]) -> None:
             locked = schedules.get(tx, row.id, lock=True)
             if row.name not in elsewhere and locked is not None and locked.state in LIVE:
                 logger.info("schedule %r left the code and is completed", row.name)
-                schedules.put(tx, replace(locked, state=ScheduleState.COMPLETED, next_run_at=None, reason=REMOVED), now)
+                over: dict[str, Any] = {"state": ScheduleState.COMPLETED, "next_run_at": None, "paused_at": None}
+                schedules.put(tx, replace(locked, reason=REMOVED, **over), now)
 
 
 def _row(at: Station, item: Declared, before: Schedule | None, now: datetime) -> Schedule:
@@ -103,7 +104,7 @@ def _row(at: Station, item: Declared, before: Schedule | None, now: datetime) ->
 
 def _kept(before: Schedule, fresh: Schedule, now: datetime) -> Schedule:
     """A declared row with what the one that is there keeps."""
-    names = ("state", "reason", "last_run_at", "fired", "created_at", "updated_at")
+    names = ("state", "reason", "paused_at", "last_run_at", "fired", "created_at", "updated_at")
     kept: dict[str, Any] = {name: getattr(before, name) for name in names}
     set_aside = before.state is ScheduleState.ACTIVE and before.next_run_at is None
     if before.state is ScheduleState.COMPLETED and before.reason == REMOVED:

@@ -11,7 +11,7 @@ import click
 
 from llmtasks import sender
 from llmtasks.cli import documents, tables
-from llmtasks.cli.target import may_be_run, station_of, task_like, task_named
+from llmtasks.cli.target import may_be_run, station_of, task_like, task_named, user
 from llmtasks.dispatch import Station, cancel_run, dispatch, find_run
 from llmtasks.errors import ForbiddenTransitionError, NotFoundError, nearest
 from llmtasks.plan import check_params
@@ -85,12 +85,13 @@ def run(context: click.Context, target: str, params: dict[str, Any] | None, wait
 
 @click.command()
 @click.argument("target", metavar="ID|NAME")
+@click.option("--by", metavar="NAME", help="Who wants it.  [default: the user of this shell]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def pause(context: click.Context, target: str, as_json: bool) -> None:
-    """Let a Task fire no more until it is resumed; its runs go on."""
+def pause(context: click.Context, target: str, by: str | None, as_json: bool) -> None:
+    """Let a Task fire no more until it is resumed; its runs go on. `why` says who paused it."""
     station_of(context)
-    _say(task_like(target).pause_sync(), as_json=as_json)
+    _say(task_like(target).pause_sync(by or user()), as_json=as_json)
 
 
 @click.command()

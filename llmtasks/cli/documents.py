@@ -15,8 +15,9 @@ from llmtasks.task import Task
 
 #: What a Task's document has, in this order.
 _TASK_FIELDS: Final = (
-    "id", "name", "func_name", "state", "reason", "next_run_at", "last_run_at", "scheduled_at", "interval_minutes",
-    "schedule", "timezone", "starts_at", "ends_at", "params", *OPTION_NAMES, "fired", "created_at", "updated_at",
+    "id", "name", "func_name", "state", "reason", "paused_at", "next_run_at", "last_run_at", "scheduled_at",
+    "interval_minutes", "schedule", "timezone", "starts_at", "ends_at", "params", *OPTION_NAMES, "fired", "created_at",
+    "updated_at",
 )  # fmt: skip
 TASK_COLUMNS: Final = (
     Column(title="ID"),
@@ -119,6 +120,7 @@ def task_block(task: Task) -> list[tuple[str, str]]:
         ("function", task.func_name),
         ("state", str(task.state)),
         ("reason", task.reason or ""),
+        ("paused", tables.local_exact(task.paused_at) if task.paused_at else ""),
         ("trigger", trigger_of(task)),
         ("next run", tables.local_exact(task.next_run_at)),
         ("last run", tables.local_exact(task.last_run_at)),

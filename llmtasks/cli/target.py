@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -66,6 +67,14 @@ def task_like(id_or_name: str) -> Task:
     from llmtasks.task import Task
 
     return Task.get_sync(id_or_name)
+
+
+def user() -> str | None:
+    """The name of who types the commands; None where the system has none."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container may run under a number
+        return None
 
 
 def may_be_run(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Workers and beats: that they live, what they use, what a beat declares."""
+"""Workers and beats: that they live, what they use, what they know."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import Connection, RowMapping, bindparam, delete, select
+from sqlalchemy import Connection, RowMapping, bindparam, delete, select, update
 
 from llmtasks.store.rows import insert_into, processes, values_of
 
@@ -18,7 +18,13 @@ _FORGET: Final = delete(processes).where(processes.c.heartbeat_at < bindparam("b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """A worker or beat as it last described itself; memory in bytes, children included."""
+    """A worker or beat as it last described itself; memory in bytes, children included.
+
+    Attributes:
+        declared: The schedules that a beat finds in code.
+        functions: The task functions that a worker can run and a beat can fire.
+        clock_offset: Seconds by which the clock of its host is ahead of the database's.
+    """
 
     id: str
     app: str
@@ -32,12 +38,28 @@ class Process:
     cpu_percent: float | None
     memory: int | None
     declared: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    clock_offset: float | None = None
 
 
-def stamp(tx: Connection, process: Process) -> None:
-    """Write down that a process lives and how it is."""
+#: What each stamp writes; the rest, which may be long, is written once.
+_SIGNS: Final = ("heartbeat_at", "cpu_percent", "memory", "clock_offset")
+_LISTS: Final = ("declared", "functions")
+
+
+def stamp(tx: Connection, process: Process, *, anew: bool = False) -> None:
+    """Write down that a process lives and how it is.
+
+    Args:
+        process: The process as it is now.
+        anew: What it is and knows has changed since its first stamp and is written too.
+    """
     row = {name: getattr(process, name) for name in Process.__dataclass_fields__}
-    row["declared"] = json.dumps(process.declared) if process.kind == "beat" else None
+    if not anew:
+        signs = {name: row[name] for name in _SIGNS}
+        if tx.execute(update(processes).where(processes.c.id == process.id).values(signs)).rowcount:
+            return
+    row |= {name: json.dumps(row[name]) for name in _LISTS}
     statement = insert_into(processes, tx.dialect.name).values(row)
     changes = {name: statement.excluded[name] for name in row if name not in {"id", "started_at"}}
     tx.execute(statement.on_conflict_do_update(index_elements=["id"], set_=changes))
@@ -67,5 +89,6 @@ def forget_silent(tx: Connection, now: datetime) -> None:
 
 def _process(row: RowMapping) -> Process:
     values = values_of(row)
-    values["declared"] = tuple(json.loads(values["declared"] or "[]"))
+    for name in _LISTS:
+        values[name] = tuple(json.loads(values[name] or "[]"))
     return Process(**values)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
 #: The revision in migrations/versions that creates exactly these tables.
-SCHEMA_VERSION: Final = "0002"
+SCHEMA_VERSION: Final = "0003"
 VERSION_TABLE: Final = "llmtasks_version"
 
 
@@ -95,6 +95,8 @@ schedules: Final = Table(
     Column("handed", Boolean, nullable=False, server_default=false()),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    #: Since when it is paused; NULL in every other state.
+    Column("paused_at", UtcDateTime),
     # Only a schedule with a next run is in this index, whatever the table's size.
     Index("ix_llmtasks_schedules_due", "app", "next_run_at"),
     Index("ix_llmtasks_schedules_name", "app", "name"),
@@ -217,6 +219,10 @@ processes: Final = Table(
     Column("memory", BigInteger),
     #: JSON list: the names of code-declared schedules that this beat knows.
     Column("declared", Text),
+    #: JSON list: the names of the task functions that this process can run, or, a beat, can fire.
+    Column("functions", Text),
+    #: Seconds by which the clock of its host is ahead of the database's.
+    Column("clock_offset", Float),
 )
 
 

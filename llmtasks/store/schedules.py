@@ -48,6 +48,7 @@ class Schedule:
     fired: int = 0
     created_at: datetime | None = None
     updated_at: datetime | None = None
+    paused_at: datetime | None = None
 
     @property
     def trigger(self) -> Trigger:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from llmtasks.dispatch import Station
@@ -32,6 +32,7 @@ class ProcessHeart:
         self._started = time.monotonic()
         self._process = psutil.Process()
         self._cpu_of: dict[int, psutil.Process] = {}
+        self._functions: tuple[str, ...] = ()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="llmtasks-process-heart", daemon=True)
 
@@ -52,8 +53,10 @@ class ProcessHeart:
     def _loop(self) -> None:
         while True:
             try:
+                described = self._described()
                 with self._at.database.transaction() as tx:
-                    processes.stamp(tx, self._described())
+                    processes.stamp(tx, described, anew=described.functions != self._functions)
+                self._functions = described.functions
             except LLMTasksError:
                 pass  # the keeper beside us says that the database is away
             except Exception:
@@ -76,6 +79,8 @@ class ProcessHeart:
             heartbeat_at=now,
             cpu_percent=cpu,
             memory=memory,
+            functions=tuple(sorted(self._at.app.tasks)),
+            clock_offset=(datetime.now(UTC) - now).total_seconds(),
         )
 
     def _usage(self) -> tuple[float, int]:

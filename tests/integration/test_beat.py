@@ -573,7 +573,7 @@ def test_a_redeploy_changes_what_the_code_changed_and_nothing_else(tmp_path: Pat
         assert project.app
         beat = project.beat()
         before = until_declared("same", "steady", "changed", "removed", "paused")
-        before["paused"].pause_sync()
+        before["paused"].pause_sync(by="alice")
         beat.terminate()
 
         project.tasks(SECOND)
@@ -588,6 +588,7 @@ def test_a_redeploy_changes_what_the_code_changed_and_nothing_else(tmp_path: Pat
         assert after["changed"].next_run_at != before["changed"].next_run_at
         assert after["removed"].reason == "removed from code"
         assert (after["paused"].state, after["paused"].next_run_at) == (ScheduleState.PAUSED, None)
+        assert (after["paused"].reason, after["paused"].paused_at) == ("paused by alice", before["paused"].paused_at)
 
         beat.terminate()
         project.tasks(FIRST)

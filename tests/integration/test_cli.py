@@ -1,5 +1,6 @@
 """The command line: tables for people, JSON for machines, exit codes; on a ledger of rows."""
 
+import getpass
 import json
 import os
 import pty
@@ -18,7 +19,7 @@ from llmtasks.dispatch import Station, station
 from llmtasks.states import RunState, ScheduleState
 from llmtasks.store import rows
 from llmtasks.task import Task
-from tests.processes import app_in_this_process
+from tests.processes import REPOSITORY, app_in_this_process
 
 PROGRAM = str(Path(sys.executable).with_name("llmtasks"))
 CELERYCONFIG = """
@@ -222,6 +223,26 @@ def test_task_is_paused_and_resumed_by_its_name(shop: Shop) -> None:
     assert Task.get_sync("nightly").state is ScheduleState.PAUSED
     assert shop.text("resume", "nightly").startswith("nightly is active, its next run is at ")
     assert shop.json("pause", "nightly")["state"] == "paused"
+
+
+def test_paused_task_says_who_paused_it_and_since_when(shop: Shop) -> None:
+    """The user of the shell unless --by names somebody; resuming forgets both."""
+    shop.task()
+
+    mine = shop.json("pause", "nightly")
+    shop.text("resume", "nightly")
+    begin = shop.at.database.now()
+    hers = shop.json("pause", "nightly", "--by", "alice")
+    again = shop.json("pause", "nightly", "--by", "bob")
+    shown = shop.text("show", "nightly")
+    resumed = shop.json("resume", "nightly")
+
+    assert mine["reason"] == f"paused by {getpass.getuser()}"
+    assert hers["reason"] == again["reason"] == "paused by alice"
+    assert begin <= datetime.fromisoformat(hers["paused_at"]) <= shop.at.database.now()
+    assert hers["paused_at"] == again["paused_at"]
+    assert "paused by alice" in shown
+    assert (resumed["reason"], resumed["paused_at"]) == (None, None)
 
 
 def test_name_that_several_tasks_share_is_refused_with_their_ids(shop: Shop) -> None:
@@ -518,7 +539,7 @@ def test_unknown_schema_version_is_a_usage_error(shop: Shop) -> None:
     done = shop.command("migrate", "--to", "9999")
 
     assert done.exit_code == 2
-    assert "'9999': expected head, base or one of 0001, 0002" in done.stderr
+    assert "'9999': expected head, base or one of 0001, 0002, 0003" in done.stderr
 
 
 # -- as programs
@@ -545,7 +566,7 @@ def in_terminal(argv: list[str], columns: int, **how: Any) -> str:
 @pytest.fixture
 def environ(shop: Shop) -> dict[str, str]:
     """The environment of a process beside this one."""
-    return {**os.environ, "PYTHONPATH": str(shop.folder), "NO_COLOR": "1"}
+    return {**os.environ, "PYTHONPATH": f"{shop.folder}{os.pathsep}{REPOSITORY}", "NO_COLOR": "1"}
 
 
 @pytest.mark.parametrize("program", [[PROGRAM], [sys.executable, "-m", "celery", "llmtasks"]])

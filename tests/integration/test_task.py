@@ -464,6 +464,22 @@ def test_resume_of_a_one_off_whose_instant_passed_completes_it(on_sqlite: Projec
     assert (task.state, task.reason) == (ScheduleState.COMPLETED, "its last instant passed while it was paused")
 
 
+async def test_pause_keeps_who_wanted_it_and_since_when(project: Project) -> None:
+    """Saving the Task keeps both, cancelling it keeps neither; a name is a text."""
+    task = await every().save()
+
+    await task.pause(by="alice")
+    since = task.paused_at
+    await task.save()
+
+    assert (task.reason, task.paused_at) == ("paused by alice", since)
+    assert since is not None
+    await task.cancel("not needed")
+    assert (task.reason, task.paused_at) == ("not needed", None)
+    with pytest.raises(InvalidOptionError, match="by=7: expected a name"):
+        await task.pause(by=7)  # type: ignore[arg-type]
+
+
 async def test_cancel_is_for_good(project: Project) -> None:
     """A cancelled Task is neither paused nor resumed; cancelling it again changes nothing."""
     task = await every().save()

@@ -40,6 +40,31 @@ def test_beat_says_what_it_declares(database: Database) -> None:
     assert [(item.id, item.declared) for item in beats] == [("b1", ("emails", "report")), ("b2", ("x",))]
 
 
+def test_what_a_process_knows_is_written_once_and_when_it_changed(database: Database) -> None:
+    """A stamp carries only what changes while a process lives, until it is told that there is more."""
+    known = {"functions": ("add", "mail"), "clock_offset": 0.5}
+    with database.transaction() as tx:
+        processes.stamp(tx, process("a", **known))
+        processes.stamp(tx, process("a", functions=(), pool="solo", heartbeat_at=later(3), clock_offset=-7.25))
+        (same,) = processes.alive(tx, APP, NOW)
+        processes.stamp(tx, process("a", functions=("add",), pool="solo", heartbeat_at=later(6)), anew=True)
+        (changed,) = processes.alive(tx, APP, NOW)
+
+    assert same == process("a", functions=("add", "mail"), heartbeat_at=later(3), clock_offset=-7.25)
+    assert changed == process("a", functions=("add",), pool="solo", heartbeat_at=later(6))
+
+
+def test_process_that_was_forgotten_comes_back_whole(database: Database) -> None:
+    """Who was silent for an hour and is heard of again has all of its row again."""
+    whole = process("a", functions=("add",), declared=("nightly",))
+    with database.transaction() as tx:
+        processes.stamp(tx, whole)
+        processes.forget_silent(tx, NOW + timedelta(hours=2))
+        processes.stamp(tx, whole)
+
+        assert processes.alive(tx, APP, NOW) == [whole]
+
+
 def test_ended_and_silent_processes_are_forgotten(database: Database) -> None:
     """One leaves in order; another is forgotten long after its last stamp."""
     with database.transaction() as tx:
