@@ -16,13 +16,15 @@ from typing import Any, Final
 import click
 import tzlocal
 
+from llmtasks.wording import duration as duration
+
 #: A column of texts is never cut below this width.
 NARROWEST: Final = 8
 _GAP: Final = "  "
 _COLOURS: Final = {
     "active": "green", "succeeded": "green", "running": "cyan", "failed": "red", "retrying": "yellow",
     "waiting": "yellow", "paused": "yellow", "cancelled": "bright_black", "completed": "bright_black",
-    "skipped": "bright_black",
+    "skipped": "bright_black", "error": "red", "warning": "yellow", "note": "cyan",
 }  # fmt: skip
 
 
@@ -102,19 +104,6 @@ def local_exact(instant: datetime | None) -> str:
 def zone_name() -> str:
     """The name of this machine's zone."""
     return tzlocal.get_localzone_name() or time.strftime("%Z")
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them: 0.123 s, 12.3 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s"
-    for name, size, small_name, small in (("min", 60, "s", 1), ("h", 3_600, "min", 60), ("d", 86_400, "h", 3_600)):
-        rest = int(seconds % size // small)
-        if name == "d" or seconds < size * (60 if name == "min" else 24):
-            return f"{int(seconds // size)} {name}" + (f" {rest} {small_name}" if rest else "")
-    raise AssertionError("unreachable: days take all that is left")
 
 
 def every(microseconds: int) -> str:

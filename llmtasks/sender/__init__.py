@@ -2,6 +2,15 @@
 
 from llmtasks.sender.advice import missing_socket_advice
 from llmtasks.sender.apps import current_app, settings_of
+from llmtasks.sender.asking import (
+    RedisServer,
+    asking,
+    consumed_queues,
+    pickle_settings,
+    queue_of,
+    redis_server,
+    stock_visibility,
+)
 from llmtasks.sender.envelope import (
     DELIVER_HEADER,
     SENT_HEADER,
@@ -12,7 +21,7 @@ from llmtasks.sender.envelope import (
     is_handed,
 )
 from llmtasks.sender.jsontext import dumps, loads
-from llmtasks.sender.priority import native_priority, user_priority
+from llmtasks.sender.priority import native_priority, transport_without_priorities, user_priority
 from llmtasks.sender.publishing import (
     HOPELESS,
     backend_exception,
@@ -30,9 +39,12 @@ __all__ = [
     "DELIVER_HEADER",
     "HOPELESS",
     "SENT_HEADER",
+    "RedisServer",
     "absolute",
+    "asking",
     "backend_exception",
     "celery_state",
+    "consumed_queues",
     "current_app",
     "default_queue",
     "dumps",
@@ -46,9 +58,14 @@ __all__ = [
     "missing_socket_advice",
     "native_priority",
     "outage",
+    "pickle_settings",
     "publish",
     "queue_length",
+    "queue_of",
+    "redis_server",
     "revoke",
     "settings_of",
+    "stock_visibility",
+    "transport_without_priorities",
     "user_priority",
 ]

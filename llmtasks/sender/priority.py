@@ -34,6 +34,12 @@ def native_priority(app: celery.Celery, priority: int | None) -> int | None:
     return None
 
 
+def transport_without_priorities(app: celery.Celery) -> str | None:
+    """The name of the app's transport where it has no priorities, else None."""
+    transport = _transport(app)
+    return None if transport in _LOW_FIRST | _HIGH_FIRST else transport
+
+
 def user_priority(app: celery.Celery, native: int | None) -> int:
     """A message's native priority as 1 (first) to 10."""
     transport = _transport(app)
