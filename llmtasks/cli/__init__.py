@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "runs": "llmtasks.cli.reading:runs",
     "show": "llmtasks.cli.showing:show",
     "next": "llmtasks.cli.reading:next_runs",
+    "why": "llmtasks.cli.explaining:why",
     "run": "llmtasks.cli.control:run",
     "pause": "llmtasks.cli.control:pause",
     "resume": "llmtasks.cli.control:resume",

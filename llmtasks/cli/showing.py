@@ -7,9 +7,9 @@ from typing import Final
 import click
 
 from llmtasks.cli import documents, tables
-from llmtasks.cli.target import may_be_run, station_of, task_named
+from llmtasks.cli.target import may_be_run, station_of, task_named, unknown
 from llmtasks.dispatch import Station
-from llmtasks.errors import NotFoundError, RunNotFoundError
+from llmtasks.errors import RunNotFoundError
 from llmtasks.monitor import TaskMonitor
 from llmtasks.store import runs
 from llmtasks.store.runs import Run
@@ -65,10 +65,7 @@ def _show_unknown(target: str, *, as_json: bool) -> None:
         NotFoundError: It says nothing.
     """
     if not may_be_run(target):
-        raise NotFoundError(
-            f"no Task has the id or name {target!r}, and no run the id; "
-            "`llmtasks schedules` and `llmtasks runs` list them"
-        )
+        raise unknown(target)
     status = TaskMonitor.get_task_status_sync(target)
     if status.celery_state == "PENDING":
         raise RunNotFoundError(

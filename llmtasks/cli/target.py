@@ -12,7 +12,7 @@ import click
 
 from llmtasks import sender
 from llmtasks.dispatch import Station, station
-from llmtasks.errors import ConfigurationError, TaskNotFoundError
+from llmtasks.errors import ConfigurationError, NotFoundError, TaskNotFoundError
 
 if TYPE_CHECKING:
     from llmtasks.task import Task
@@ -75,6 +75,13 @@ def user() -> str | None:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):  # a container may run under a number
         return None
+
+
+def unknown(target: str) -> NotFoundError:
+    """The error for an argument that names nothing."""
+    return NotFoundError(
+        f"no Task has the id or name {target!r}, and no run the id; `llmtasks schedules` and `llmtasks runs` list them"
+    )
 
 
 def may_be_run(text: str) -> bool:
