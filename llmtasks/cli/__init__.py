@@ -1,6 +1,7 @@
 """``celery llmtasks ...`` and ``llmtasks ...``: the same commands, found by the first under Celery's own options.
 
-Exit codes: 0 done, 1 an error or nothing found, 2 a command that cannot be read.
+Exit codes: 0 done, 1 an error or nothing found, 2 a command that cannot be read; of ``doctor`` 0 nothing that bad, 1
+findings, 2 it could not be examined.
 """
 
 from __future__ import annotations
@@ -27,11 +28,20 @@ COMMANDS: Final = {
     "resume": "llmtasks.cli.control:resume",
     "cancel": "llmtasks.cli.control:cancel",
     "backfill": "llmtasks.cli.backfill:backfill",
+    "doctor": "llmtasks.cli.examining:doctor",
     "purge": "llmtasks.cli.upkeep:purge",
     "migrate": "llmtasks.cli.upkeep:migrate",
     "broker": "llmtasks.cli.broker:broker",
     "dev": "llmtasks.cli.dev:dev",
 }
+#: The exit code of ``doctor`` where it could not look: 1 is that it found something.
+UNEXAMINED: Final = 2
+
+
+class UnexaminedError(click.ClickException):
+    """``doctor`` could not look."""
+
+    exit_code = UNEXAMINED
 
 
 class Commands(click.Group):
@@ -59,7 +69,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except LLMTasksError as error:
-            raise click.ClickException(str(error)) from error
+            failure = UnexaminedError if ctx.invoked_subcommand == "doctor" else click.ClickException
+            raise failure(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
