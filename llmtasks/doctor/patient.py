@@ -11,6 +11,7 @@ from llmtasks import sender
 from llmtasks.dispatch import Station
 from llmtasks.options import ResolvedOptions
 from llmtasks.registry import task_registry
+from llmtasks.sender import RedisServer
 from llmtasks.store import processes
 from llmtasks.store.processes import Process
 
@@ -50,6 +51,11 @@ class Patient:
     def consumed(self) -> Mapping[str, frozenset[str]]:
         """The queues of each live worker that answers through the broker."""
         return sender.consumed_queues(self.at.app, [worker.name for worker in self.workers])
+
+    @cached_property
+    def redis(self) -> RedisServer | None:
+        """How the broker keeps messages; None where it is no Redis."""
+        return sender.redis_server(self.at.app)
 
     @cached_property
     def functions(self) -> Mapping[str, ResolvedOptions]:

@@ -44,7 +44,7 @@ def database(patient: Patient) -> Iterator[Finding]:
 def broker(patient: Patient) -> Iterator[Finding]:
     """The broker answers."""
     try:
-        with sender.asking(patient.at.app):
+        with sender.answering(patient.at.app):
             pass
     except BrokerUnavailableError as error:
         yield Finding(
@@ -58,7 +58,7 @@ def broker(patient: Patient) -> Iterator[Finding]:
 
 def redis_eviction(patient: Patient) -> Iterator[Finding]:
     """A full Redis refuses messages and does not delete others."""
-    server = sender.redis_server(patient.at.app)
+    server = patient.redis
     if server is None or server.policy in {None, "noeviction"}:
         return
     limit = f"maxmemory is {server.max_memory} bytes" if server.max_memory else "no maxmemory is set now"
@@ -73,7 +73,7 @@ def redis_eviction(patient: Patient) -> Iterator[Finding]:
 
 def redis_persistence(patient: Patient) -> Iterator[Finding]:
     """A Redis that is restarted has its messages again."""
-    server = sender.redis_server(patient.at.app)
+    server = patient.redis
     if server is None or server.append_only:
         return
     if server.append_only is None or server.save is None:

@@ -4,7 +4,8 @@ from llmtasks.sender.advice import missing_socket_advice
 from llmtasks.sender.apps import current_app, settings_of
 from llmtasks.sender.asking import (
     RedisServer,
-    asking,
+    answering,
+    celery_state_soon,
     consumed_queues,
     pickle_settings,
     queue_of,
@@ -41,9 +42,10 @@ __all__ = [
     "SENT_HEADER",
     "RedisServer",
     "absolute",
-    "asking",
+    "answering",
     "backend_exception",
     "celery_state",
+    "celery_state_soon",
     "consumed_queues",
     "current_app",
     "default_queue",

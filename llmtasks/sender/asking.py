@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -9,9 +11,10 @@ from typing import Any, Final
 
 import celery
 
-from llmtasks.sender.publishing import CONNECT_TIMEOUT, gone, outage
+from llmtasks.errors import BrokerUnavailableError
+from llmtasks.sender.publishing import CONNECT_TIMEOUT, celery_state, gone, outage
 
-#: Seconds that a Redis server may take for one answer.
+#: Seconds that a Redis server or a result backend may take for one answer.
 ANSWER_TIMEOUT: Final = 5
 #: Seconds without a further answer after which workers count as silent.
 WORKER_TIMEOUT: Final = 1.5
@@ -35,7 +38,7 @@ class RedisServer:
 
 
 @contextmanager
-def asking(app: celery.Celery) -> Generator[Any]:
+def answering(app: celery.Celery) -> Generator[Any]:
     """A connection to the broker for the block alone, which gives up within seconds.
 
     Raises:
@@ -80,7 +83,7 @@ def redis_server(app: celery.Celery) -> RedisServer | None:
     if not is_redis_transport(app):
         return None
     said: dict[str, Any] = {}
-    with asking(app) as connection:
+    with answering(app) as connection:
         client = connection.default_channel.client
         # A hosted Redis may refuse either.
         with suppress(*connection.channel_errors):
@@ -104,10 +107,37 @@ def consumed_queues(app: celery.Celery, workers: Sequence[str]) -> dict[str, fro
     """
     if not workers:
         return {}
-    with asking(app) as connection:
+    with answering(app) as connection:
         inspect = app.control.inspect(destination=list(workers), timeout=WORKER_TIMEOUT, connection=connection)
         found: Any = inspect.active_queues()
-    return {name: frozenset(queue["name"] for queue in queues) for name, queues in (found or {}).items()}
+    return {name: frozenset(item["name"] for item in queues) for name, queues in (found or {}).items()}
+
+
+def celery_state_soon(app: celery.Celery, run_id: str) -> str:
+    """The state that Celery's result backend has for an id, given up after seconds; its own limits are minutes.
+
+    Raises:
+        BrokerUnavailableError: The result backend does not answer.
+    """
+    answers: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(celery_state(app, run_id))
+        except Exception as error:
+            answers.put(error)
+        backend: Any = app.backend
+        with suppress(AttributeError):  # this thread's own; a backend without a server has none
+            backend.client.connection_pool.disconnect()
+
+    threading.Thread(target=ask, name="llmtasks-asks-celery", daemon=True).start()
+    try:
+        found = answers.get(timeout=ANSWER_TIMEOUT)
+    except queue.Empty:
+        raise BrokerUnavailableError(f"the result backend does not answer within {ANSWER_TIMEOUT} s") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def queue_of(app: celery.Celery, func_name: str) -> str | None:
@@ -115,8 +145,8 @@ def queue_of(app: celery.Celery, func_name: str) -> str | None:
     task: Any = app.tasks.get(func_name)
     own = getattr(getattr(task, "options", None), "queue", None)
     route = app.amqp.router.route({"queue": own} if own else {}, func_name, (), {}, task_type=task)
-    queue = route.get("queue")
-    return None if queue is None else str(getattr(queue, "name", queue))
+    found = route.get("queue")
+    return None if found is None else str(getattr(found, "name", found))
 
 
 def pickle_settings(app: celery.Celery) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _ask_celery(at: Station, run_id: str) -> Explanation:
     """What Celery says of an id that the ledger does not have."""
     unknown = f"no Task or run has the id {run_id!r}; a run of .delay() is in the ledger from its first start on"
     try:
-        state = sender.celery_state(at.app, run_id)
+        state = sender.celery_state_soon(at.app, run_id)
     except BrokerUnavailableError as error:
         raise RunNotFoundError(f"{unknown}. Celery cannot be asked: {error}") from error
     if state == "PENDING":

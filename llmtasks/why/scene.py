@@ -44,7 +44,7 @@ class Scene:
     def broker_fault(self) -> str | None:
         """What is wrong with the broker; None where it answers."""
         try:
-            with sender.asking(self.at.app):
+            with sender.answering(self.at.app):
                 return None
         except BrokerUnavailableError as error:
             return str(error)

@@ -1,6 +1,7 @@
 """doctor where servers or processes are missing, and where the configuration is wrong."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,10 +19,13 @@ from llmtasks import doctor
 from llmtasks.dispatch import Station, station
 from llmtasks.doctor import Check, Patient, Severity, configuration, examine
 from llmtasks.doctor.finding import Finding
+from llmtasks.errors import RunNotFoundError
+from llmtasks.sender import asking
 from llmtasks.store import processes, rows
 from llmtasks.store.database import Database
 from llmtasks.store.processes import Process
 from llmtasks.task import Task
+from llmtasks.why import explain
 from tests.commandline import app_with, command, document
 from tests.ledger import QUICK
 from tests.processes import REPOSITORY, Project
@@ -107,6 +111,27 @@ def test_broker_that_is_away_is_found_at_once(tmp_path: Path) -> None:
         "the broker cannot be asked",
     )
     assert took < 30
+
+
+def test_broker_that_takes_the_connection_and_says_nothing_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that hangs holds up neither command."""
+    monkeypatch.setattr(asking, "ANSWER_TIMEOUT", 1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(9)
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        with app_with(tmp_path, TASKS, LLMTASKS_BROKER_URL=url) as app:
+            app.conf.result_backend = url
+            began = time.monotonic()
+            (found,) = found_by("broker", station(app))
+            with pytest.raises(RunNotFoundError, match="Celery cannot be asked: the result backend does not answer"):
+                explain(station(app), "00000000-0000-4000-8000-000000000001")
+            took = time.monotonic() - began
+
+    assert found.code == "broker-unreachable"
+    assert took < 20
 
 
 def test_missing_socket_of_the_embedded_broker_says_what_to_type(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """why, on rows: each state of a schedule and of a run has its answer, on every database."""
 
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,14 +31,31 @@ ID = "00000000-0000-4000-8000-000000000001"
 OTHER = "00000000-0000-4000-8000-000000000002"
 
 
-@pytest.fixture
-def at(tmp_path: Path, database_url: str) -> Iterator[Station]:
-    """An app without processes whose broker is kombu's memory."""
-    database = Database(database_url)
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+def database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A database with llmtasks' tables, which the tests of this module share."""
+    server = None if request.param == "sqlite" else request.getfixturevalue("postgresql_server")
+    url = f"sqlite:///{tmp_path_factory.mktemp('why') / 'x.db'}" if server is None else server.create_database()
+    database = Database(url)
     database.migrate()
     database.close()
+    yield url
+    if server is not None:
+        server.drop_database(url)
+
+
+@pytest.fixture
+def at(tmp_path: Path, database_url: str) -> Iterator[Station]:
+    """An app without processes whose broker is kombu's memory; nothing is in its tables."""
     with app_with(tmp_path, TASKS, LLMTASKS_DATABASE_URL=database_url) as app:
+        emptied(station(app))
         yield station(app)
+
+
+def emptied(at: Station) -> None:
+    with at.database.transaction() as tx:
+        for table in rows.metadata.sorted_tables:
+            tx.execute(table.delete())
 
 
 def alive(at: Station, *kinds: str, functions: tuple[str, ...] = ("mail",)) -> None:
@@ -427,18 +445,16 @@ def test_unknown_or_ambiguous_target_is_an_error(at: Station) -> None:
 
 def test_run_that_only_celery_knows_is_said_to_be_so(at: Station) -> None:
     """The result backend has a state for it."""
-    at.app.backend.store_result(OTHER, None, "STARTED")
+    sent = str(uuid.uuid4())  # a backend in memory outlives the test
+    at.app.backend.store_result(sent, None, "STARTED")
 
-    found = explain(at, OTHER)
+    found = explain(at, sent)
 
     assert (found.state, found.answer) == ("STARTED", "it is not in the ledger; Celery says STARTED")
 
 
 def test_why_answers_without_a_broker(tmp_path: Path, database_url: str) -> None:
     """Soon, and it says that the broker is away."""
-    database = Database(database_url)
-    database.migrate()
-    database.close()
     url = f"redis://127.0.0.1:{free_port()}/0"
     with app_with(tmp_path, TASKS, LLMTASKS_DATABASE_URL=database_url, LLMTASKS_BROKER_URL=url) as app:
         answers = _answers_without_a_broker(app)
@@ -450,6 +466,7 @@ def test_why_answers_without_a_broker(tmp_path: Path, database_url: str) -> None
 
 def _answers_without_a_broker(app: Celery) -> dict[str, str]:
     at = station(app)
+    emptied(at)
     alive(at, "worker", "beat")
     run(at, RunState.PENDING)
     owe(at)
