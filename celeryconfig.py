@@ -37,10 +37,5 @@ task_send_sent_event = True
 task_queue_max_priority = 9
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
-broker_transport_options = {
-    "priority_steps": list(range(10)),
-    "queue_order_strategy": "priority",
-    "visibility_timeout": 43200,
-    "unacked_restore_interval": 10,
-    "unacked_restore_throttle": 1,
-}
+# Ten priorities, and LLMTASKS_REDIS_TRANSPORT.
+broker_transport_options = _settings.transport_options

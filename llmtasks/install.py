@@ -6,17 +6,22 @@ import logging
 from datetime import timedelta
 from typing import Any, Final
 
+from kombu import transport as transports
+
 # Connects the receivers before a worker forks.
 import llmtasks.worker.signals  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from llmtasks.dispatch import station
+from llmtasks.redis_options import transport_options
 from llmtasks.registry import task_registry
-from llmtasks.settings import TaskDefaults, is_redis, read
+from llmtasks.settings import TaskDefaults, read, redis_transport
 from llmtasks.store import runs
 
 logger = logging.getLogger(__name__)
 
-#: Hour-long bodies must not be handed out again by stock kombu while they run: longer than any timeout in use.
-VISIBILITY_TIMEOUT: Final = 43_200
+#: Our Redis transport, by name, so that it is imported only where a broker is reached; and the URL schemes that lead to
+#: it. To an app that did not choose it (``redis_transport``) it is kombu's own.
+TRANSPORT: Final = "llmtasks.broker.redis:Transport"
+SCHEMES: Final = ("redis", "rediss", "valkey", "llmtasks", "llmtasks+redis", "llmtasks+rediss")
 #: Settings that installing gives an app where it has none of its own.
 DEFAULTS: Final[dict[str, Any]] = {
     "beat_enable_remote_control": True,
@@ -31,14 +36,6 @@ DEFAULTS: Final[dict[str, Any]] = {
     "worker_consumer": "llmtasks.worker.consumer:RunConsumer",
     "worker_prefetch_multiplier": 1,
     "worker_send_task_events": True,
-}
-#: Options of the Redis transport that installing adds to the app's own.
-REDIS_OPTIONS: Final[dict[str, Any]] = {
-    "priority_steps": list(range(10)),
-    "queue_order_strategy": "priority",
-    "visibility_timeout": VISIBILITY_TIMEOUT,
-    "unacked_restore_interval": 10,
-    "unacked_restore_throttle": 1,
 }
 PURGE: Final = "llmtasks.purge"
 
@@ -76,8 +73,20 @@ def _complete(sender: Any, source: Any, **_: object) -> None:
         ours["worker_concurrency"] = TaskDefaults.read(source["TASK_CONFIG"]).concurrency
     for settings_in_order in (source.maps, source.defaults):
         settings_in_order.insert(-1, ours)
-    if is_redis(str(source.broker_url)):
-        source["broker_transport_options"] = {**REDIS_OPTIONS, **(source.get("broker_transport_options") or {})}
+    options = transport_options(str(source.broker_url), redis_transport(source))
+    if options:
+        source["broker_transport_options"] = {**options, **(source.get("broker_transport_options") or {})}
+
+
+def _offer_transport() -> None:
+    """Register our Redis transport with kombu, which forgets what it found under those names before."""
+    for scheme in SCHEMES:
+        transports.TRANSPORT_ALIASES[scheme] = TRANSPORT
+        # kombu/transport/__init__.py:93: an alias that was used once is not looked up again.
+        getattr(transports, "_transport_cache", {}).pop(scheme, None)
+
+
+_offer_transport()
 
 
 @task_registry.register(name=PURGE, schedule="17 3 * * *", max_instances=1, max_retries=1, retry_delay=600)

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 from llmtasks.errors import ConfigurationError, InvalidOptionError, nearest
+from llmtasks.redis_options import EXPLICIT, REDIS_OPTIONS, is_redis, redis_spelling, transport_options
 
 T = TypeVar("T")
 
@@ -83,6 +84,7 @@ class Settings:
         database_url: SQLAlchemy URL of the schedules and the ledger.
         broker_url: Celery's broker.
         result_url: Celery's result backend.
+        redis_transport: ``llmtasks``, or ``stock`` for kombu's own; where the broker is Redis or Valkey.
         timezone: Celery's ``timezone`` if the app sets one: the default zone of cron expressions.
         tasks: Defaults of task functions.
         heartbeat: How often a worker stamps the runs it holds.
@@ -99,6 +101,7 @@ class Settings:
     database_url: str
     broker_url: str
     result_url: str
+    redis_transport: str = "llmtasks"
     timezone: str | None = None
     tasks: TaskDefaults = field(default_factory=TaskDefaults)
     heartbeat: float = 3.0
@@ -113,6 +116,11 @@ class Settings:
     def lease_time(self) -> timedelta:
         """``lease`` as a timedelta."""
         return timedelta(seconds=self.lease)
+
+    @property
+    def transport_options(self) -> dict[str, Any]:
+        """Celery's ``broker_transport_options`` for this broker."""
+        return transport_options(self.broker_url, self.redis_transport)
 
 
 def read(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -129,11 +137,7 @@ def read(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | Non
     environ = os.environ if environ is None else environ
 
     def get(name: str, kind: Callable[[Any], T], default: T) -> T:
-        value = conf.get(f"llmtasks_{name}")
-        source = f"llmtasks_{name}"
-        if value is None:
-            source = f"LLMTASKS_{name.upper()}"
-            value = environ.get(source) or None
+        source, value = _find(conf, environ, name)
         if value is None:
             return default
         try:
@@ -167,8 +171,9 @@ def read(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | Non
         app=get("app", str, "") or str(conf.get("main") or "") or "llmtasks",
         home=home,
         database_url=_with_driver(database_url),
-        broker_url=broker_url,
-        result_url=result_url,
+        broker_url=redis_spelling(broker_url),
+        result_url=redis_spelling(result_url),
+        redis_transport=redis_transport(conf, environ),
         timezone=conf.get("timezone"),
         tasks=TaskDefaults.read(conf.get("TASK_CONFIG") or {}),
         heartbeat=get("heartbeat", float, 3.0),
@@ -184,6 +189,14 @@ def read(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | Non
             "LLMTASKS_LEASE", settings.lease, f"at least twice the heartbeat of {settings.heartbeat} s"
         )
     return settings
+
+
+def redis_transport(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> str:
+    """The setting of that name alone: reading it needs no data directory."""
+    source, value = _find({} if conf is None else conf, os.environ if environ is None else environ, "redis_transport")
+    if value is not None and value not in REDIS_OPTIONS:
+        raise InvalidOptionError(source, value, " or ".join(map(repr, REDIS_OPTIONS)))
+    return "llmtasks" if value is None else str(value)
 
 
 def socket_path(home: Path) -> Path:
@@ -205,14 +218,18 @@ def embedded_broker_url(home: Path) -> str:
     return f"redis+socket://{quote(str(socket_path(home)))}"
 
 
-def is_redis(url: str) -> bool:
-    """Whether ``url`` names a Redis or Valkey server."""
-    return url.split(":", 1)[0].split("+", 1)[0] in {"redis", "rediss", "valkey", "valkeys"}
-
-
 def _result_url(broker_url: str, database_url: str) -> str:
     """The broker itself where it can keep results (pushed, not polled), else the database."""
-    return broker_url if is_redis(broker_url) else f"db+{database_url}"
+    return broker_url.removeprefix(f"{EXPLICIT}+") if is_redis(broker_url) else f"db+{database_url}"
+
+
+def _find(conf: Mapping[str, Any], environ: Mapping[str, str], name: str) -> tuple[str, Any]:
+    """Where a setting was found, and its value; None where it is not set."""
+    value = conf.get(f"llmtasks_{name}")
+    if value is not None:
+        return f"llmtasks_{name}", value
+    variable = f"LLMTASKS_{name.upper()}"
+    return variable, environ.get(variable) or None
 
 
 def _with_driver(url: str) -> str:

@@ -27,6 +27,7 @@ from redis.retry import Retry
 from llmtasks.broker.home import STOP_TIMEOUT, make_private, take
 from llmtasks.broker.leash import leashed
 from llmtasks.errors import BrokerUnavailableError, ConfigurationError
+from llmtasks.redis_options import REDIS_OPTIONS
 from llmtasks.settings import embedded_broker_url, socket_path
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 LOG_BYTES: Final = 4_000_000
 #: Seconds until a started server must answer; reading its append-only file does not count.
 START_TIMEOUT: Final = 20.0
-#: kombu's steps when it puts a message back; ours are ten (stock kombu folds them into four, which loses their order).
-_TRANSPORT_OPTIONS: Final = {"priority_steps": list(range(10))}
 
 
 class EmbeddedBroker:
@@ -185,21 +184,22 @@ class EmbeddedBroker:
     def _restore_unacknowledged(self) -> int:
         """Put every delivered, unacknowledged message back at the head of its queue, the oldest first.
 
-        kombu keeps such messages in a hash and would wait for the visibility timeout; see ``QoS.restore_by_tag`` in
-        kombu/transport/redis.py.
+        Both Redis transports keep such messages in a hash, under different keys, and would wait for their visibility
+        timeouts; see ``QoS.restore_by_tag`` in kombu/transport/redis.py.
         """
         restored = 0
-        with Connection(self.url, transport_options=_TRANSPORT_OPTIONS) as connection:
-            channel: Any = connection.default_channel
-            by_age = channel.client.zrange(channel.unacked_index_key, 0, -1)
-            left: set[bytes] = set(channel.client.hkeys(channel.unacked_key))
-            # Each goes before those that are already there, hence the youngest first.
-            for tag in reversed([*(tag for tag in by_age if tag in left), *(left - set(by_age))]):
-                try:
-                    channel.qos.restore_by_tag(tag.decode())
-                    restored += 1
-                except ValueError:
-                    logger.exception("message left aside: not readable", extra={"delivery_tag": tag.decode()})
+        for options in REDIS_OPTIONS.values():
+            with Connection(self.url, transport_options=options) as connection:
+                channel: Any = connection.default_channel
+                by_age = channel.client.zrange(channel.unacked_index_key, 0, -1)
+                left: set[bytes] = set(channel.client.hkeys(channel.unacked_key))
+                # Each goes before those that are already there, hence the youngest first.
+                for tag in reversed([*(tag for tag in by_age if tag in left), *(left - set(by_age))]):
+                    try:
+                        channel.qos.restore_by_tag(tag.decode())
+                        restored += 1
+                    except ValueError:
+                        logger.exception("message left aside: not readable", extra={"delivery_tag": tag.decode()})
         if restored:
             logger.info("requeued what dead workers held", extra={"messages": restored})
         return restored

@@ -5,13 +5,15 @@ from __future__ import annotations
 import socket
 from urllib.parse import unquote, urlsplit
 
+from llmtasks.redis_options import EXPLICIT
+
 
 def missing_socket_advice(url: str) -> str | None:
     """What to tell the user if broker ``url`` is a unix socket on which nobody listens; None where all is well.
 
     Says nothing about brokers on the network.
     """
-    scheme, _, rest = url.partition("://")
+    scheme, _, rest = url.removeprefix(f"{EXPLICIT}+").partition("://")
     if scheme not in {"redis+socket", "valkey+socket"}:
         return None
     path = unquote(urlsplit(f"//{rest}").path)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer
-from celery.worker.state import maybe_shutdown
+from celery.worker.state import active_requests, maybe_shutdown
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,10 @@ class RunConsumer(Consumer):
         return conn
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Leave what is fetched and not acknowledged where it is, and let it be acknowledged later.
+        """Let what runs go on, and let it be acknowledged later: Redis does not mind through which connection.
 
-        Celery closes the connection twice here (consumer.py:472 and :484), and kombu's channel returns those messages
-        or acknowledges them without the address of its server: the AttributeError of either ends the worker. It meets
-        whoever runs something with ``acks_late``. What runs goes on, and the same channel acknowledges it when the
-        server is back: Redis does not mind through which connection.
+        Celery closes the connection here, and kombu's channel then returns what is fetched and not acknowledged, what
+        runs included.
         """
         channel: Any = getattr(getattr(self, "task_consumer", None), "channel", None)
         quality: Any = getattr(channel, "qos", None)
@@ -63,4 +61,10 @@ class RunConsumer(Consumer):
             # "These tasks cannot be acknowledged": here they can.
             warnings.simplefilter("ignore", CPendingDeprecationWarning)
             super().on_connection_error_after_connected(exc)
-        channel.connection, transport.client = transport, client
+        if hasattr(quality, "keep"):  # our Redis transport
+            # Celery drops what it had not started (on_close), so those messages are for whoever restores them.
+            quality.keep({request.message.delivery_tag for request in tuple(active_requests)})
+        else:
+            # Without the address of its server stock kombu's acknowledgement raises an AttributeError, which ends the
+            # worker (consumer.py:472 and :484 close the connection twice).
+            channel.connection, transport.client = transport, client

@@ -12,6 +12,7 @@ from llmtasks.dispatch import station
 from llmtasks.errors import DatabaseUnavailableError, SchemaOutdatedError
 from llmtasks.holding import holdings
 from llmtasks.keeper import Keeper
+from llmtasks.redis_options import STOCK_VISIBILITY, needs_stock
 from llmtasks.run_task import RunTask
 from llmtasks.sender import missing_socket_advice
 from llmtasks.worker.heartbeat import ProcessHeart
@@ -33,10 +34,17 @@ _worker = _Worker()
 
 @signals.worker_init.connect
 def say_what_is_missing(sender: Any, **_: object) -> None:
-    """The worker starts: where its broker is a socket on which nobody listens, say what to type."""
-    advice = missing_socket_advice(sender.app.conf.broker_url or "")
+    """The worker starts: where its broker is a socket on which nobody listens, or promises less, say it."""
+    url = str(sender.app.conf.broker_url or "")
+    advice = missing_socket_advice(url)
     if advice is not None:
         logger.error(advice)
+    if needs_stock(url):
+        logger.warning(
+            "Redis behind a Sentinel or in a cluster is left to stock kombu: what a killed worker had fetched and not "
+            "started comes back after %d s, and a message can be lost at the moment it is fetched",
+            sender.app.conf.broker_transport_options.get("visibility_timeout", STOCK_VISIBILITY),
+        )
 
 
 @signals.worker_init.connect

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llmtasks.install import DEFAULTS, REDIS_OPTIONS
+from llmtasks.install import DEFAULTS
+from llmtasks.redis_options import REDIS_OPTIONS
 from tests.processes import REPOSITORY
 
 #: Each case configures an app around ``install`` in its own way and shows settings.
@@ -47,6 +48,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     folder = tmp_path_factory.mktemp("install")
     environ = {"LLMTASKS_BROKER_URL": "redis://theirs", "LLMTASKS_RESULT_URL": "redis://results"}
     environ |= {"LLMTASKS_DATABASE_URL": f"sqlite:///{folder}/ledger.db", "PATH": "/usr/bin:/bin"}
+    environ |= {"PYTHONPATH": str(REPOSITORY)}
     started = {
         name: subprocess.Popen(
             [sys.executable, "-c", CODE.replace("CASE", case)],
@@ -68,7 +70,7 @@ def test_an_app_without_settings_gets_ours(settings: dict[str, dict[str, Any]]) 
     assert (found["broker_url"], found["result_backend"]) == ("redis://theirs", "redis://results")
     assert found["beat_scheduler"] == "llmtasks"
     assert found["worker_prefetch_multiplier"] == 1
-    assert found["broker_transport_options"] == REDIS_OPTIONS
+    assert found["broker_transport_options"] == REDIS_OPTIONS["llmtasks"]
 
 
 @pytest.mark.parametrize("case", ["set before", "set after", "object after"])
@@ -94,7 +96,7 @@ def test_transport_options_are_added_to_the_apps_own(settings: dict[str, dict[st
     """Its own win; no Redis options for another broker."""
     own = settings["options"]["broker_transport_options"]
 
-    assert own == {**REDIS_OPTIONS, "visibility_timeout": 60, "max_connections": 5}
+    assert own == {**REDIS_OPTIONS["llmtasks"], "visibility_timeout": 60, "max_connections": 5}
     assert settings["rabbitmq"]["broker_transport_options"] == {}
 
 
@@ -124,5 +126,5 @@ def test_celeryconfig_sets_what_install_sets(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
 
     assert {name: found.get(name) for name in DEFAULTS} == DEFAULTS
-    assert found["broker_transport_options"] == REDIS_OPTIONS
+    assert found["broker_transport_options"] == REDIS_OPTIONS["llmtasks"]
     assert found["broker_url"] == f"redis+socket://{tmp_path}/broker.sock"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from llmtasks.errors import ConfigurationError, InvalidOptionError
-from llmtasks.settings import TaskDefaults, is_redis, read, socket_path
+from llmtasks.redis_options import is_redis
+from llmtasks.settings import TaskDefaults, read, socket_path
 
 URLS = {"LLMTASKS_DATABASE_URL": "sqlite:////data/x.db", "LLMTASKS_BROKER_URL": "redis://host/0"}
 
@@ -84,7 +85,8 @@ def test_broker_and_results_of_the_app_are_taken_over() -> None:
     ("broker", "results"),
     [
         ("redis://h/1", "redis://h/1"),
-        ("valkeys://h", "valkeys://h"),
+        ("valkeys://h", "rediss://h"),
+        ("llmtasks+redis+socket:///x.sock", "redis+socket:///x.sock"),
         ("redis+socket:///x.sock", "redis+socket:///x.sock"),
         ("amqp://h", "db+sqlite:////data/x.db"),
     ],

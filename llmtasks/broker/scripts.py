@@ -1,0 +1,95 @@
+"""What the Redis transport does in the server, each as one step; whatever dies, a message is in exactly one place.
+
+All instants are the server's own. Every key is complete: kombu's ``global_keyprefix`` is not added to those of scripts.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Puts a message into its queue and wakes one idle consumer. The wake key holds one member however many messages come;
+#: consumers look once in a while without it, so it may be lost, and it expires where nobody consumes.
+#: KEYS: queue with priority, wake key. ARGV: message.
+PUT: Final = """
+redis.call('LPUSH', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[2], 0, 'wake')
+redis.call('PEXPIRE', KEYS[2], 10000)
+"""
+
+#: Moves the first messages from their queues to what is unacknowledged, one for each delivery tag, and wakes others for
+#: what is left. Beside the message it keeps where it came from: ``<length of the key>:<key><message>``.
+#: KEYS: deliveries, their index by time, n wake keys, then for each priority the n queues. ARGV: n, delivery tags.
+#: Returns for each message: the key it came from, its delivery tag, itself.
+FETCH: Final = """
+local queues, taken, tag = tonumber(ARGV[1]), {}, 2
+local time = redis.call('TIME')
+local now = string.format('%.6f', time[1] + time[2] / 1000000)
+for i = queues + 3, #KEYS do
+  local message = ARGV[tag] and redis.call('RPOP', KEYS[i])
+  while message do
+    redis.call('ZADD', KEYS[2], now, ARGV[tag])
+    redis.call('HSET', KEYS[1], ARGV[tag], #KEYS[i] .. ':' .. KEYS[i] .. message)
+    taken[#taken + 1] = KEYS[i]
+    taken[#taken + 1] = ARGV[tag]
+    taken[#taken + 1] = message
+    tag = tag + 1
+    message = ARGV[tag] and redis.call('RPOP', KEYS[i])
+  end
+  if not ARGV[tag] and redis.call('EXISTS', KEYS[i]) == 1 then
+    local wake = KEYS[3 + (i - 3) % queues]
+    redis.call('ZADD', wake, 0, 'wake')
+    redis.call('PEXPIRE', wake, 10000)
+  end
+end
+return taken
+"""
+
+#: Says that deliveries are held; those that were acknowledged or taken away stay so. Returns the server's time.
+#: KEYS: index. ARGV: delivery tags.
+STAMP: Final = """
+local time = redis.call('TIME')
+local now = string.format('%.6f', time[1] + time[2] / 1000000)
+for _, tag in ipairs(ARGV) do
+  redis.call('ZADD', KEYS[1], 'XX', now, tag)
+end
+return now
+"""
+
+#: The deliveries that nobody stamped for ARGV[1] seconds, oldest first, at most ARGV[2]: tag, what is kept of it, ...
+#: KEYS: deliveries, index.
+OVERDUE: Final = """
+local time = redis.call('TIME')
+local oldest = string.format('%.6f', time[1] + time[2] / 1000000 - ARGV[1])
+local found = {}
+for _, tag in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', oldest, 'LIMIT', 0, ARGV[2])) do
+  local kept = redis.call('HGET', KEYS[1], tag)
+  if kept then
+    found[#found + 1] = tag
+    found[#found + 1] = kept
+  else
+    redis.call('ZREM', KEYS[2], tag)
+  end
+end
+return found
+"""
+
+#: Moves a delivery's message to a queue, unless somebody else did, or stamped it in the last ARGV[4] seconds (empty:
+#: whenever). ARGV[3] is RPUSH for the front of the queue, LPUSH for its end. Returns 1 if it was moved.
+#: KEYS: deliveries, index, queue with priority, wake key. ARGV: delivery tag, message, RPUSH or LPUSH, seconds.
+RESTORE: Final = """
+if ARGV[4] ~= '' then
+  local time = redis.call('TIME')
+  local stamped = redis.call('ZSCORE', KEYS[2], ARGV[1])
+  if stamped and tonumber(stamped) > time[1] + time[2] / 1000000 - ARGV[4] then
+    return 0
+  end
+end
+redis.call('ZREM', KEYS[2], ARGV[1])
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then
+  return 0
+end
+redis.call(ARGV[3], KEYS[3], ARGV[2])
+redis.call('ZADD', KEYS[4], 0, 'wake')
+redis.call('PEXPIRE', KEYS[4], 10000)
+return 1
+"""
