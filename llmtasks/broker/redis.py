@@ -184,8 +184,8 @@ class Channel(_StockChannel):  # type: ignore[misc]  # Any as a base, see above
 
     def _brpop_read(self, **options: Any) -> bool:
         """Deliver what came, if it was a message."""
-        reply = self._read_reply(**options)
-        for queue, payload in self._readable(reply):
+        delivered = False
+        for queue, payload in self._readable(self._read_reply(**options)):
             if queue not in self._active_queues:  # cancelled since it was asked for
                 self.qos.restore_by_tag(payload["properties"]["delivery_tag"])
                 continue
@@ -193,7 +193,8 @@ class Channel(_StockChannel):  # type: ignore[misc]  # Any as a base, see above
                 self.qos.settle(payload["properties"]["delivery_tag"])
             self._queue_cycle.rotate(queue)
             self.connection._deliver(payload, queue)
-        if not reply:
+            delivered = True
+        if not delivered:
             raise Empty
         return True
 

@@ -1,0 +1,265 @@
+"""Workers on our Redis transport that die, stop or lose their broker: no message is lost, none is given out twice."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tests.children import ChildProcess
+from tests.ledger import Ledger, project_with, queue_length
+from tests.processes import REPOSITORY, CeleryProcess, Project
+from tests.servers import Valkey, valkey
+from tests.waiting import wait_until
+
+#: Plain Celery tasks: no ledger hides a message that is lost or given out twice.
+TASKS = """
+    import os
+    import time
+
+    from celery import shared_task
+    from tests.notebook import gate_sync, note
+
+
+    @shared_task(name="plain", acks_late=True)
+    def plain(name):
+        note(name, os.getppid())
+        gate_sync(name)
+        note(f"{name} done")
+"""
+#: The promise: fetched and not started, back in its queue this many seconds after its worker died.
+BACK_WITHIN = 15
+#: What a short visibility makes of many tests: quick.
+QUICK = 2
+#: Fetches and acknowledges, in children that are killed some milliseconds after their first message; they say what they
+#: got before they acknowledge it.
+CONSUMERS = """
+import os, random, signal, sys, time
+import llmtasks
+from kombu import Connection, Consumer, Queue
+
+url, wanted, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+options = {"redis_transport": "llmtasks", "visibility_timeout": 1, "priority_steps": list(range(10))}
+
+def consume():
+    child = os.fork()
+    if child:
+        return child
+    out = os.open(path, os.O_WRONLY | os.O_APPEND)
+    def take(body, message):
+        os.write(out, f"{body}\\n".encode())
+        message.ack()
+    with Connection(url, transport_options=options) as connection:
+        with Consumer(connection, [Queue("q")], callbacks=[take]) as consumer:
+            consumer.qos(prefetch_count=5)
+            while True:
+                connection.drain_events()
+
+open(path, "w").close()
+killed = 0
+while os.path.getsize(path) < wanted * 3:  # most of them
+    before = os.path.getsize(path)
+    child = consume()
+    while os.path.getsize(path) == before:
+        time.sleep(0.001)
+    time.sleep(random.random() * 0.03)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    killed += 1
+print("killed", killed, flush=True)
+consume()
+while len({*open(path)}) < wanted:
+    time.sleep(0.1)
+print("all arrived", flush=True)
+time.sleep(60)
+"""
+Start = Callable[..., CeleryProcess]
+
+pytestmark = [pytest.mark.redis, pytest.mark.fault]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    """A project whose messages come back after two seconds."""
+    with project_with(tmp_path, TASKS) as project:
+        configure(project, f'broker_transport_options["visibility_timeout"] = {QUICK}')
+        yield project
+
+
+def configure(project: Project, line: str) -> None:
+    with (project.folder / "celeryconfig.py").open("a") as file:
+        file.write(f"{line}\n")
+
+
+@pytest.fixture
+def client(project: Project) -> Iterator[redis.Redis]:
+    with redis.Redis(unix_socket_path=project.broker.socket) as client:
+        yield client
+
+
+def send(project: Project, *names: str, **options: Any) -> None:
+    """From another process: the test's own connections would not survive their server's death."""
+    project.python(
+        f"""
+        from tasks import plain
+        for name in {names!r}:
+            plain.apply_async((name,), ignore_result=True, **{options!r})
+        """
+    )
+
+
+@pytest.mark.slow
+def test_messages_that_a_killed_worker_had_not_started_run_elsewhere_within_15_s(tmp_path: Path) -> None:
+    """With the defaults, and each once. What it had started is the ledger's matter."""
+    with project_with(tmp_path, TASKS) as project:
+        ledger = Ledger(project)
+        victim = project.worker("--prefetch-multiplier=8", concurrency=1)
+        send(project, *(f"n{number}" for number in range(6)))
+        ledger.notes("n0", 1)
+        wait_until(lambda: queue_length(project.broker) == 0, message="the victim fetched all")
+        other = project.worker(concurrency=1)
+
+        victim.kill()
+        killed_at = time.monotonic()
+        for number in range(6):
+            ledger.open_gate(f"n{number}")
+        for number in range(1, 6):
+            ledger.notes(f"n{number} done", 1)
+        seconds = time.monotonic() - killed_at
+
+        assert seconds <= BACK_WITHIN
+        assert [ledger.notes_now(f"n{number}") for number in range(1, 6)] == [[str(other.pid)]] * 5
+
+
+def test_consumers_killed_while_they_fetch_lose_nothing(tmp_path: Path) -> None:
+    """Dozens of them, one after the other: every message arrives, and none stays behind."""
+    with valkey(tmp_path / "broker") as broker:
+        fill(broker, 600)
+        consumers = ChildProcess(
+            [sys.executable, "-c", CONSUMERS, broker.url, "600", str(tmp_path / "got")],
+            name="consumers",
+            log=tmp_path / "consumers.log",
+            cwd=REPOSITORY,
+        )
+        try:
+            consumers.wait_for_log("all arrived", 120)
+            with redis.Redis(port=broker.port) as client:
+                wait_until(lambda: client.hlen("llmtasks.unacked") == 0, 20, "all is acknowledged")
+                assert client.llen("q") == 0
+        finally:
+            consumers.kill()
+        got = (tmp_path / "got").read_text().split()
+        assert {int(number) for number in got} == set(range(600))
+
+
+def fill(broker: Valkey, count: int) -> None:
+    from kombu import Connection
+
+    with Connection(broker.url) as connection, connection.Producer() as producer, producer.batch(max_size=500):
+        for number in range(count):
+            producer.publish(number, routing_key="q")
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_living_worker_keeps_what_it_holds(project: Project, client: redis.Redis, pool: str) -> None:
+    """What runs, waits or has an ETA, and what runs on while the worker shuts down: longer than the visibility."""
+    configure(project, f'worker_pool = "{pool}"\nworker_enable_remote_control = False')
+    ledger = Ledger(project)
+    first = project.worker("--prefetch-multiplier=4", concurrency=1)
+    send(project, "runs", "waits")
+    ledger.notes("runs", 1)
+    send(project, "later", countdown=4)
+    wait_until(lambda: queue_length(project.broker) == 0, message="all is fetched")
+    second = project.worker(concurrency=1)
+    held = client.hgetall("llmtasks.unacked")
+    assert len(held) == 3
+
+    holds_for(client, [*held], 2 * QUICK)
+    first.signal(signal.SIGTERM)
+    holds_for(client, [tag for tag, kept in held.items() if b"runs" in kept], 2 * QUICK)
+    names = ["runs", "waits", "later"]
+    for name in names:
+        ledger.open_gate(name)
+    for name in names:
+        ledger.notes(f"{name} done", 1)
+
+    wait_until(lambda: client.hlen("llmtasks.unacked") == 0, message="all is acknowledged")
+    assert [len(ledger.notes_now(name)) for name in names] == [1, 1, 1]
+    assert second.running
+
+
+def holds_for(client: redis.Redis, tags: list[bytes], seconds: float) -> None:
+    """Assert that these deliveries stay held for some time."""
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > until or not set(tags) <= set(client.hkeys("llmtasks.unacked")), seconds + 30)
+    assert set(tags) <= set(client.hkeys("llmtasks.unacked"))
+
+
+@pytest.mark.parametrize("consumer", ["llmtasks.worker.consumer:RunConsumer", "celery.worker.consumer:Consumer"])
+def test_worker_outlives_its_broker_with_an_unacknowledged_message(
+    project: Project, client: redis.Redis, consumer: str
+) -> None:
+    """Also Celery's own consumer, which stock kombu ends here with an AttributeError."""
+    configure(project, f'worker_consumer = "{consumer}"')
+    ledger = Ledger(project)
+    worker = project.worker(concurrency=1)
+    send(project, "during")
+    ledger.notes("during", 1)
+
+    project.broker.kill()
+    ledger.open_gate("during")
+    ledger.notes("during done", 1)
+    project.broker.start()
+
+    ledger.open_gate("after")
+    send(project, "after")
+    ledger.notes("after done", 1)
+    wait_until(lambda: client.hlen("llmtasks.unacked") == 0, message="all is acknowledged")
+    assert queue_length(project.broker) == 0
+    assert worker.running
+    assert "AttributeError" not in worker.log()
+    if consumer.startswith("llmtasks"):
+        assert len(ledger.notes_now("during")) == 1
+
+
+def test_message_that_waited_in_a_worker_when_its_broker_went_away_comes_back(project: Project) -> None:
+    """Celery forgets what it had fetched and not started; nobody goes on holding that."""
+    ledger = Ledger(project)
+    worker = project.worker("--prefetch-multiplier=3", concurrency=1)
+    send(project, "runs", "waits")
+    ledger.notes("runs", 1)
+    wait_until(lambda: queue_length(project.broker) == 0, message="all is fetched")
+
+    project.broker.restart()
+    worker.wait_for_log("Connected to", 60)
+    ledger.open_gate("runs")
+    ledger.open_gate("waits")
+
+    ledger.notes("waits done", 1)
+    assert len(ledger.notes_now("runs")) == 1
+    assert worker.running
+
+
+def test_stopped_workers_message_runs_elsewhere(project: Project, client: redis.Redis) -> None:
+    """A suspended worker counts as dead; when it goes on it does not take away what the other one holds."""
+    ledger = Ledger(project)
+    stopped = project.worker("-P", "solo", concurrency=1)
+    send(project, "task")
+    ledger.notes("task", 1)
+    other = project.worker(concurrency=1)
+
+    stopped.signal(signal.SIGSTOP)
+    ledger.notes("task", 2)
+    [tag] = client.hkeys("llmtasks.unacked")
+    stopped.signal(signal.SIGCONT)
+    holds_for(client, [tag], QUICK)
+    ledger.open_gate("task")
+
+    ledger.notes("task done", 2)
+    wait_until(lambda: client.hlen("llmtasks.unacked") == 0, message="all is acknowledged")
+    assert stopped.running
+    assert other.running
