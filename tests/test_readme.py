@@ -248,14 +248,16 @@ def test_settings_of_the_table_are_read(readme: Path, tmp_path: Path) -> None:
     """Each variable reaches Settings, and each key of Celery's configuration wins over it."""
     urls = {"database_url": "sqlite:////a.db", "broker_url": "redis://a", "result_url": "redis://b"}
     texts: dict[str, Any] = {"app": "one", "home": str(tmp_path), **urls}
+    choices = {"redis_transport": ("stock", "llmtasks")}
     for variable, key, *_ in table_with(readme, "`LLMTASKS_APP`"):
         name = key.strip("`").removeprefix("llmtasks_")
-        value = texts.get(name, "6")
+        value = choices[name][0] if name in choices else texts.get(name, "6")
         environ = {f"LLMTASKS_{item.upper()}": text for item, text in texts.items()} | {"LLMTASKS_HEARTBEAT": "1"}
         environ[variable.strip("`")] = value
         assert str(getattr(settings.read({}, environ), name)) in {value, f"{value}.0"}
 
         other = value + "x" if name in texts else "5.5" if name != "keep_bytes" else "5"
+        other = choices[name][1] if name in choices else other
         assert str(getattr(settings.read({key.strip("`"): other}, environ), name)) == other
 
 

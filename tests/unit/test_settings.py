@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from llmtasks.errors import ConfigurationError, InvalidOptionError
-from llmtasks.redis_options import is_redis
-from llmtasks.settings import TaskDefaults, read, socket_path
+from llmtasks.redis_options import REDIS_OPTIONS, is_redis
+from llmtasks.settings import TaskDefaults, read, redis_transport, socket_path
 
 URLS = {"LLMTASKS_DATABASE_URL": "sqlite:////data/x.db", "LLMTASKS_BROKER_URL": "redis://host/0"}
 
@@ -178,3 +178,37 @@ def test_socket_of_a_deep_directory_is_elsewhere(tmp_path: Path, monkeypatch: py
 def test_redis_is_told_by_the_scheme(url: str, answer: bool) -> None:
     """Valkey speaks the same protocol."""
     assert is_redis(url) is answer
+
+
+def test_redis_transport_is_one_of_two() -> None:
+    """Ours unless somebody says otherwise; Celery's configuration wins; anything else is refused by name."""
+    assert redis_transport({}, {}) == "llmtasks"
+    assert redis_transport({}, {"LLMTASKS_REDIS_TRANSPORT": "stock"}) == "stock"
+    assert (
+        redis_transport({"llmtasks_redis_transport": "llmtasks"}, {"LLMTASKS_REDIS_TRANSPORT": "stock"}) == "llmtasks"
+    )
+    with pytest.raises(InvalidOptionError, match="LLMTASKS_REDIS_TRANSPORT='fast': expected 'llmtasks' or 'stock'"):
+        read({}, {**URLS, "LLMTASKS_REDIS_TRANSPORT": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("broker", "kind"),
+    [
+        ("redis://h", "llmtasks"),
+        ("valkey+socket:///x", "llmtasks"),
+        ("llmtasks+rediss://h", "llmtasks"),
+        ("sentinel://h", "stock"),
+        ("redis+cluster://h", "stock"),
+        ("amqp://h", None),
+    ],
+)
+def test_transport_options_follow_the_broker(broker: str, kind: str | None) -> None:
+    """Those of our transport, of stock kombu where only that will do, and none for anything but Redis."""
+    found = read({}, {**URLS, "LLMTASKS_BROKER_URL": broker}).transport_options
+
+    assert found == (REDIS_OPTIONS[kind] if kind else {})
+
+
+def test_valkey_is_written_as_redis() -> None:
+    """Celery's result backends and Flower know no other spelling."""
+    assert read({}, {**URLS, "LLMTASKS_BROKER_URL": "valkeys://h/1"}).broker_url == "rediss://h/1"
