@@ -82,7 +82,7 @@ def _offer_transport() -> None:
     """Register our Redis transport with kombu, which forgets what it found under those names before."""
     for scheme in SCHEMES:
         transports.TRANSPORT_ALIASES[scheme] = TRANSPORT
-        # kombu/transport/__init__.py:93: an alias that was used once is not looked up again.
+        # kombu/transport/__init__.py:92: an alias that was used once is not looked up again.
         getattr(transports, "_transport_cache", {}).pop(scheme, None)
 
 

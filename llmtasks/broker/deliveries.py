@@ -153,7 +153,7 @@ def _split(kept: bytes) -> tuple[str, bytes]:
 
 
 def _redelivered(text: bytes) -> str | bytes:
-    """The message marked as kombu marks one that comes again (redis.py:1195); as it is where it is not kombu's."""
+    """The message marked as kombu marks one that comes again (redis.py:1265); as it is where it is not kombu's."""
     try:
         payload = loads(bytes_to_str(text))
         payload["headers"]["redelivered"] = True

@@ -96,7 +96,7 @@ class Channel(_StockChannel):  # type: ignore[misc]  # Any as a base, see above
         return dict(self._connparams())
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
-        """What kombu makes of its connection's URL, remembered: closing takes the connection away (base.py:989)."""
+        """What kombu makes of the connection's URL, remembered: closing takes the connection away (base.py:979)."""
         transport = self.connection
         if transport is not None and transport.client is not None:
             client = transport.client
@@ -166,7 +166,7 @@ class Channel(_StockChannel):  # type: ignore[misc]  # Any as a base, see above
             return message
         return None
 
-    # kombu's event loop and its blocking loop alike call the next two (redis.py:725, :1448): one sends a command, the
+    # kombu's event loop and its blocking loop alike call the next two (redis.py:720, :1459): one sends a command, the
     # other reads the reply when there is one. Names and state are those of stock's BRPOP.
 
     def _brpop_start(self, timeout: float | None = None) -> None:
@@ -209,7 +209,7 @@ class Channel(_StockChannel):  # type: ignore[misc]  # Any as a base, see above
             raise
         finally:
             self._in_poll = None
-            # The one moment in which stock, too, may send a rotated credential here (redis.py:1466).
+            # The one moment in which stock, too, may send a rotated credential here (redis.py:1500).
             self._flush_brpop_reauth()
         if asked_for_wake:
             return []

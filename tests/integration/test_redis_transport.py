@@ -504,6 +504,18 @@ def test_setting_chooses_the_transport(project: Project) -> None:
         project.python(code)
 
 
+def test_importing_llmtasks_late_is_early_enough(project: Project) -> None:
+    """kombu remembers the transports that it looked up before: that of ``redis://`` is looked up again."""
+    code = """
+    import kombu
+    print(kombu.Connection("redis://").get_transport_cls().__module__)
+    import celery
+    with celery.current_app.connection() as connection:
+        print(type(connection.default_channel).__module__)
+    """
+    assert project.python(code).split() == ["kombu.transport.redis", "llmtasks.broker.redis"]
+
+
 def test_sentinel_is_left_to_stock_and_that_is_said_once(project: Project) -> None:
     """With what that costs."""
     project.environ["LLMTASKS_BROKER_URL"] = "sentinel://127.0.0.1:1"
