@@ -67,8 +67,13 @@ def stock_visibility(app: celery.Celery) -> float | None:
     Returns:
         None on every other transport, also on those made from it, which may refresh what they hold.
     """
-    transport = _transport_of(app)
-    if not is_redis_transport(app) or not transport.__module__.startswith("kombu."):
+    if not is_redis_transport(app):
+        return None
+    with app.connection_for_write() as connection:
+        transport: Any = connection.transport
+    # Ours gives a connection kombu's own channels where the settings ask for that.
+    known = type(transport).__module__.startswith(("kombu.", "llmtasks."))
+    if not known or not transport.Channel.__module__.startswith("kombu."):
         return None
     options: Mapping[str, Any] = app.conf.broker_transport_options or {}
     return float(options.get("visibility_timeout", transport.Channel.visibility_timeout))
