@@ -38,7 +38,7 @@ TASKS = """
         time.sleep(60)
 
 
-    @task_registry.register(name="tick", interval_minutes=0.5 / 60, max_retries=0)
+    @task_registry.register(name="tick", interval_minutes=0.5 / 60, max_retries=0, overlap="allow")
     def tick():
         note("tick")
 """
