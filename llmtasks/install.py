@@ -14,7 +14,7 @@ from llmtasks.dispatch import station
 from llmtasks.redis_options import transport_options
 from llmtasks.registry import task_registry
 from llmtasks.settings import TaskDefaults, read, redis_transport
-from llmtasks.store import runs
+from llmtasks.store import runs, totals
 
 logger = logging.getLogger(__name__)
 
@@ -104,4 +104,7 @@ def purge_runs(older_than_days: float | None = None) -> int:
             found = runs.purge(tx, at.name, before)
         deleted += found
         if found < runs.PURGE_SLICE:
-            return deleted
+            break
+    with at.database.transaction() as tx:
+        totals.forget(tx, at.name, before)
+    return deleted

@@ -15,7 +15,7 @@ from typing import Any, Final
 from llmtasks import sender
 from llmtasks.dispatch import Station, publish, relay_due
 from llmtasks.errors import DatabaseUnavailableError, LLMTasksError
-from llmtasks.store import outbox, processes, rescue
+from llmtasks.store import outbox, processes, rescue, totals
 from llmtasks.store.forking import fork_gate
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Keeper:
             moved += self._republish()
             with at.database.transaction() as tx:
                 processes.forget_silent(tx, at.database.now())
+            totals.sum_next_hour(at.database, at.name, at.database.now())
         return moved
 
     def _loop(self) -> None:

@@ -12,7 +12,7 @@ from llmtasks import sender
 from llmtasks.dispatch import Station, station
 from llmtasks.errors import InvalidParamsError
 from llmtasks.states import CELERY_STATE, ENDED, RunState, ScheduleState
-from llmtasks.store import processes, runs, schedules, statistics
+from llmtasks.store import processes, runs, schedules, statistics, totals
 from llmtasks.store.processes import Process
 from llmtasks.store.runs import Run
 from llmtasks.store.schedules import Schedule
@@ -234,7 +234,7 @@ def _statistics(at: Station, since: datetime | timedelta | None, func_name: str 
     now = at.database.now()
     begin = _begin(since, now)
     with at.database.reading() as connection:
-        finished = statistics.ended(connection, at.name, begin, func_name)
+        finished = totals.ended(connection, at.name, begin, func_name)
         live = statistics.live(connection, at.name, func_name)
         times = statistics.latest(connection, at.name, begin, func_name, SAMPLE)
         silent = statistics.silent(connection, at.name, now - at.settings.lease_time, func_name)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
 #: The revision in migrations/versions that creates exactly these tables.
-SCHEMA_VERSION: Final = "0003"
+SCHEMA_VERSION: Final = "0004"
 VERSION_TABLE: Final = "llmtasks_version"
 
 
@@ -223,6 +223,32 @@ processes: Final = Table(
     Column("functions", Text),
     #: Seconds by which the clock of its host is ahead of the database's.
     Column("clock_offset", Float),
+)
+
+
+#: What ended in one hour, by function and state; summed once, when the hour is over.
+totals: Final = Table(
+    "llmtasks_totals",
+    metadata,
+    Column("app", String(100), primary_key=True),
+    Column("hour", UtcDateTime, primary_key=True),
+    Column("func_name", String(200), primary_key=True),
+    Column("state", String(12), primary_key=True),
+    Column("runs", Integer, nullable=False),
+    #: Attempts after the first.
+    Column("retries", Integer, nullable=False),
+    Column("losses", Integer, nullable=False),
+    #: Of the last attempts together, and how many of them were timed.
+    Column("run_seconds", Float, nullable=False),
+    Column("timed", Integer, nullable=False),
+)
+
+summed: Final = Table(
+    "llmtasks_summed",
+    metadata,
+    Column("app", String(100), primary_key=True),
+    #: All hours before this one are in the totals.
+    Column("until", UtcDateTime, nullable=False),
 )
 
 

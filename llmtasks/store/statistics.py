@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, bindparam, case, func, select
+from sqlalchemy import Connection, Row, bindparam, case, func, select
 from sqlalchemy.sql.elements import ColumnElement
 
 from llmtasks.states import ENDED, LIVE, RunState, ScheduleState
@@ -61,6 +61,8 @@ class Times:
     run_time: Distribution
 
 
+#: The numbers of a ``Count``.
+MEASURES: Final = ("runs", "retries", "losses", "run_seconds", "timed")
 _SUMS: Final = (
     runs.c.func_name,
     runs.c.state,
@@ -73,6 +75,9 @@ _SUMS: Final = (
 _OF_APP: Final = runs.c.app == bindparam("of_app")
 _OF_FUNCTION: Final = runs.c.func_name == bindparam("of_func")
 _ENDED_SINCE: Final = runs.c.ended_at >= bindparam("since", type_=UtcDateTime())
+_ENDED_BEFORE: Final = runs.c.ended_at < bindparam("before", type_=UtcDateTime())
+#: After every end.
+_NEVER: Final = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 def _both(*conditions: ColumnElement[bool]) -> tuple[Any, Any]:
@@ -81,7 +86,7 @@ def _both(*conditions: ColumnElement[bool]) -> tuple[Any, Any]:
     return query, query.where(_OF_FUNCTION)
 
 
-_ENDED: Final = _both(_ENDED_SINCE, runs.c.state.in_(ENDED))
+_ENDED: Final = _both(_ENDED_SINCE, _ENDED_BEFORE, runs.c.state.in_(ENDED))
 # The condition on delivered is implied by LIVE; it lets the database use the small index of what is open.
 _LIVE: Final = _both(~runs.c.delivered, runs.c.state.in_(LIVE))
 _LATEST: Final = (
@@ -107,9 +112,11 @@ _LAST: Final = (
 )
 
 
-def ended(tx: Connection, app: str, since: datetime, func_name: str | None = None) -> list[Count]:
-    """The runs that ended at ``since`` or later, by task function and state."""
-    return _counts(tx, _ENDED, {"of_app": app, "since": since}, func_name)
+def ended(
+    tx: Connection, app: str, since: datetime, before: datetime = _NEVER, func_name: str | None = None
+) -> list[Count]:
+    """The runs that ended at ``since`` or later, and before ``before``, by task function and state."""
+    return _counts(tx, _ENDED, {"of_app": app, "since": since, "before": before}, func_name)
 
 
 def live(tx: Connection, app: str, func_name: str | None = None) -> list[Count]:
@@ -166,17 +173,20 @@ def last_run_id(tx: Connection, schedule_id: str) -> str | None:
 def _counts(tx: Connection, queries: tuple[Any, Any], values: dict[str, Any], func_name: str | None) -> list[Count]:
     if func_name is not None:
         values = {**values, "of_func": func_name}
-    rows = tx.execute(queries[0] if func_name is None else queries[1], values)
-    # A sum of integers is a Decimal on PostgreSQL where the database widens it.
+    return counts_of(tx.execute(queries[0] if func_name is None else queries[1], values))
+
+
+def counts_of(rows: Iterable[Row[Any]]) -> list[Count]:
+    """Rows of grouped sums as counts; a sum of integers is a Decimal where the database widens it."""
     return [
         Count(
             func_name=row.func_name,
             state=RunState(row.state),
-            runs=row.runs,
+            runs=int(row.runs),
             retries=int(row.retries),
             losses=int(row.losses),
             run_seconds=float(row.run_seconds),
-            timed=row.timed,
+            timed=int(row.timed),
         )
         for row in rows
     ]
