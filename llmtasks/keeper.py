@@ -139,8 +139,8 @@ class Keeper:
             queued = rescue.queued_long(connection, at.name, now)
         empty: dict[str, bool] = {}
         again: list[str] = []
-        for run_id, queue, overdue in queued:
-            name = queue or sender.default_queue(at.app)
+        for run_id, func_name, queue, overdue in queued:
+            name = sender.queue_of(at.app, func_name, queue)
             if not overdue and name not in empty:
                 with fork_gate.entered():
                     empty[name] = sender.queue_length(at.app, name) == 0

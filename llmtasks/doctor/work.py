@@ -27,7 +27,7 @@ def queue_without_consumer(patient: Patient) -> Iterator[Finding]:
         queued = troubles.queued(connection, patient.at.name)
     runs: Counter[str] = Counter()
     for item in queued:
-        runs[item.queue or sender.queue_of(app, item.func_name) or sender.default_queue(app)] += item.runs
+        runs[sender.queue_of(app, item.func_name, item.queue)] += item.runs
     routed = {sender.queue_of(app, name) for name in patient.functions}
     silent = [worker.name for worker in patient.workers if worker.name not in patient.consumed]
     consumed = frozenset[str]().union(*patient.consumed.values())

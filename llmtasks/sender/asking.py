@@ -145,13 +145,15 @@ def celery_state_soon(app: celery.Celery, run_id: str) -> str:
     return found
 
 
-def queue_of(app: celery.Celery, func_name: str) -> str | None:
-    """The queue that runs of a registered function go to; None where an exchange decides."""
+def queue_of(app: celery.Celery, func_name: str, queue: str | None = None) -> str:
+    """The queue of a run: its own, else where messages of its function go, else Celery's default."""
+    if queue is not None:
+        return queue
     task: Any = app.tasks.get(func_name)
     own = getattr(getattr(task, "options", None), "queue", None)
     route = app.amqp.router.route({"queue": own} if own else {}, func_name, (), {}, task_type=task)
-    found = route.get("queue")
-    return None if found is None else str(getattr(found, "name", found))
+    found = route.get("queue") or app.conf.task_default_queue  # None where an exchange decides
+    return str(getattr(found, "name", found))
 
 
 def pickle_settings(app: celery.Celery) -> dict[str, Any]:

@@ -160,12 +160,6 @@ def queue_length(app: celery.Celery, queue: str) -> int | None:
         return int(declared.message_count)
 
 
-def default_queue(app: celery.Celery) -> str:
-    """The queue of a message that names none."""
-    name: str = app.conf.task_default_queue
-    return name
-
-
 def backend_exception(app: celery.Celery, error: Exception) -> str:
     """An error as JSON in the form of Celery's result backends, so that it can be raised again elsewhere."""
     try:

@@ -202,10 +202,10 @@ def _patience_is_over(now: datetime) -> ColumnElement[bool]:
     )
 
 
-def queued_long(tx: Connection, app: str, now: datetime) -> list[tuple[str, str | None, bool]]:
-    """Queued runs that the broker may have lost: id, queue, and whether to send it without looking at the queue."""
+def queued_long(tx: Connection, app: str, now: datetime) -> list[tuple[str, str, str | None, bool]]:
+    """Queued runs that the broker may have lost: id, function, queue, and whether to send it without a look there."""
     rows = tx.execute(
-        select(runs.c.id, runs.c.queue, runs.c.published_at, runs.c.publications)
+        select(runs.c.id, runs.c.func_name, runs.c.queue, runs.c.published_at, runs.c.publications)
         .where(
             runs.c.app == app,
             ~runs.c.delivered,
@@ -217,9 +217,13 @@ def queued_long(tx: Connection, app: str, now: datetime) -> list[tuple[str, str 
         .limit(BATCH)
     )
     return [
-        (row.id, row.queue, row.published_at < now - REPUBLISH_AFTER * 2 ** min(max(row.publications, 1) - 1, 10))
-        for row in rows
+        (row.id, row.func_name, row.queue, row.published_at < now - _republish_after(row.publications)) for row in rows
     ]
+
+
+def _republish_after(publications: int) -> timedelta:
+    doubled: int = 2 ** min(max(publications, 1) - 1, 10)
+    return REPUBLISH_AFTER * doubled
 
 
 def republish(tx: Connection, app: str, ids: list[str], now: datetime) -> None:

@@ -38,7 +38,7 @@ def pending(scene: Scene, run: Run, stands: Standing) -> Reason:
 
 def queued(scene: Scene, run: Run, stands: Standing) -> Reason:
     """The broker has its message."""
-    queue = run.queue or sender.queue_of(scene.at.app, run.func_name) or sender.default_queue(scene.at.app)
+    queue = sender.queue_of(scene.at.app, run.func_name, run.queue)
     facts = [Fact(name="queue", value=queue)]
     if run.queue is None and run.func_name not in scene.at.app.tasks:
         facts.append(

@@ -200,7 +200,7 @@ def test_requeued_run_is_looked_at_as_any_queued_one(database: Database) -> None
 
     assert row_of(database, "a").published_at == later(5)
     with database.reading() as connection:
-        assert rescue.queued_long(connection, APP, later(36)) == [("a", "celery", False)]
+        assert rescue.queued_long(connection, APP, later(36)) == [("a", "sync_emails", "celery", False)]
 
 
 def test_replaced_run_is_looked_at_without_an_envelope(database: Database) -> None:
@@ -246,7 +246,8 @@ def test_queued_runs_are_looked_at_after_a_while(database: Database) -> None:
 
     def queued(at: float) -> list[tuple[str, str | None, bool]]:
         with database.reading() as connection:
-            return sorted(rescue.queued_long(connection, APP, later(at)))
+            found = sorted(rescue.queued_long(connection, APP, later(at)))
+        return [(run_id, queue, overdue) for run_id, _, queue, overdue in found]
 
     assert queued(30) == []
     assert queued(31) == [("a", "mail", False), ("b", None, False)]
