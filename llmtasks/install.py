@@ -14,7 +14,7 @@ from llmtasks.dispatch import station
 from llmtasks.redis_options import transport_options
 from llmtasks.registry import task_registry
 from llmtasks.settings import TaskDefaults, read, redis_transport
-from llmtasks.store import runs, totals
+from llmtasks.store import purging
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +97,4 @@ def purge_runs(older_than_days: float | None = None) -> int:
     """
     at = station()
     days = at.settings.keep_runs_days if older_than_days is None else older_than_days
-    before = at.database.now() - timedelta(days=days)
-    deleted = 0
-    while True:
-        with at.database.transaction() as tx:
-            found = runs.purge(tx, at.name, before)
-        deleted += found
-        if found < runs.PURGE_SLICE:
-            break
-    with at.database.transaction() as tx:
-        totals.forget(tx, at.name, before)
-    return deleted
+    return sum(purging.purge(at.database, at.name, at.database.now() - timedelta(days=days)))

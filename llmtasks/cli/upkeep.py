@@ -11,7 +11,7 @@ import click
 
 from llmtasks.cli import tables
 from llmtasks.cli.target import read_span, station_of
-from llmtasks.store import runs
+from llmtasks.store import purging
 
 _NO_TABLES: Final = "base"
 
@@ -37,19 +37,15 @@ def purge(
         older_than = timedelta(days=at.settings.keep_runs_days)
     before = at.database.now() - older_than
     with at.database.reading() as connection:
-        count = runs.count_ended(connection, at.name, before, func_name)
+        count = purging.purgeable(connection, at.name, before, func_name)
     what = f"{count} run{'' if count == 1 else 's'} that ended before {tables.local_exact(before)}"
     deleted = 0
     if count and not dry_run:
         _agree(f"Delete {what}?", yes)
-        while True:
-            with at.database.transaction() as tx:
-                found = runs.purge(tx, at.name, before, func_name)
+        for found in purging.purge(at.database, at.name, before, func_name):
             deleted += found
             if sys.stderr.isatty():
-                click.echo(f"\rdeleted {deleted} of {count}", err=True, nl=found < runs.PURGE_SLICE)
-            if found < runs.PURGE_SLICE:
-                break
+                click.echo(f"\rdeleted {deleted} of {count}", err=True, nl=found < purging.SLICE)
     if as_json:
         tables.print_json({"before": before, "func_name": func_name, "found": count, "deleted": deleted})
     elif dry_run or not count:

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, and_, bindparam, delete, func, or_, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, select, update
 
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
 from llmtasks.store.rows import PerDialect, insert_into, runs, values_of
-
-#: Live runs and undelivered ends are few; a purge deletes at most this many rows in one transaction.
-PURGE_SLICE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,28 +227,6 @@ def find(
     if since is not None:
         query = query.where(runs.c.created_at >= since)
     return [_run(row) for row in tx.execute(query).mappings()]
-
-
-def purge(tx: Connection, app: str, before: datetime, func_name: str | None = None) -> int:
-    """Delete one slice of runs that ended before ``before`` and were delivered; returns how many."""
-    query = select(runs.c.id).where(_purgeable(app, before, func_name)).order_by(runs.c.ended_at).limit(PURGE_SLICE)
-    ids = list(tx.execute(query).scalars())
-    if ids:
-        tx.execute(delete(runs).where(runs.c.id.in_(ids), runs.c.state.in_(ENDED)))
-    return len(ids)
-
-
-def count_ended(tx: Connection, app: str, before: datetime, func_name: str | None = None) -> int:
-    """How many runs purges up to ``before`` would delete."""
-    query = select(func.count()).select_from(runs).where(_purgeable(app, before, func_name))
-    return tx.execute(query).scalar_one()
-
-
-def _purgeable(app: str, before: datetime, func_name: str | None) -> ColumnElement[bool]:
-    # A cancellation of an id whose message never came has nobody to be told.
-    over = and_(runs.c.state.in_(ENDED), or_(runs.c.delivered, runs.c.func_name == ""))
-    condition = and_(runs.c.app == app, runs.c.ended_at < before, over)
-    return condition if func_name is None else and_(condition, runs.c.func_name == func_name)
 
 
 def _row(new: NewRun, now: datetime, state: RunState) -> dict[str, Any]:

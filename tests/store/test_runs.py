@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmtasks.states import UNSTARTED, RunState
-from llmtasks.store import cancelling, outbox, runs
+from llmtasks.store import cancelling, outbox, purging, runs
 from llmtasks.store.database import Database
 from tests.store.rows_of import (
     APP,
@@ -361,10 +361,10 @@ def test_purge_deletes_old_delivered_ends_only(database: Database) -> None:
     cancel(database, "never-came")
 
     with database.transaction() as tx:
-        assert runs.count_ended(tx, APP, later(50)) == 3
-        assert runs.purge(tx, APP, later(50), func_name="report") == 1
-        assert runs.purge(tx, APP, later(50)) == 2
-        assert runs.purge(tx, APP, later(50)) == 0
+        assert purging.purgeable(tx, APP, later(50)) == 3
+        assert purging.purge_slice(tx, APP, later(50), func_name="report") == 1
+        assert purging.purge_slice(tx, APP, later(50)) == 2
+        assert purging.purge_slice(tx, APP, later(50)) == 0
 
     for run_id in ("old", "report", "never-came"):
         assert get(database, run_id) is None
@@ -374,16 +374,13 @@ def test_purge_deletes_old_delivered_ends_only(database: Database) -> None:
 
 def test_purge_goes_in_slices(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """One transaction deletes a bounded number of rows, the oldest first."""
-    monkeypatch.setattr(runs, "PURGE_SLICE", 2)
+    monkeypatch.setattr(purging, "SLICE", 2)
     for number in range(5):
         ended(database, held(database, f"run{number}"), at=later(number), delivered=True)
 
-    deleted = []
-    for _ in range(4):
-        with database.transaction() as tx:
-            deleted.append(runs.purge(tx, APP, later(50)))
-        if len(deleted) == 1:
-            assert get(database, "run0") is None
-            assert get(database, "run2") is not None
+    slices = purging.purge(database, APP, later(50))
+    assert next(slices) == 2
+    assert get(database, "run1") is None
+    assert get(database, "run2") is not None
 
-    assert deleted == [2, 2, 1, 0]
+    assert list(slices) == [2, 1]

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import insert, select
 
 from llmtasks.states import ENDED, RunState
-from llmtasks.store import rows, runs, statistics, totals
+from llmtasks.store import purging, rows, statistics, totals
 from llmtasks.store.database import Database
 from llmtasks.store.statistics import Count
 from tests.store.rows_of import APP, all_at_once
@@ -106,11 +106,10 @@ def test_purged_runs_still_count_until_their_hours_are_forgotten(database: Datab
     before = summed(database, DAY)
 
     with database.transaction() as tx:
-        assert runs.purge(tx, APP, DAY + timedelta(hours=1)) == 2
+        assert purging.purge_slice(tx, APP, DAY + timedelta(hours=1)) == 2
     assert summed(database, DAY) == before
 
-    with database.transaction() as tx:
-        totals.forget(tx, APP, DAY + timedelta(hours=1, minutes=30))
+    assert sum(purging.purge(database, APP, DAY + timedelta(hours=1, minutes=30))) == 0
     assert summed(database, DAY) == counted(database, DAY)
 
 
