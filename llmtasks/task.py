@@ -136,9 +136,8 @@ class Task(Plan):
     def backfill_sync(self, start: datetime, end: datetime, *, limit: int | None = None) -> Runs:
         """Run the function for each instant from ``start`` to ``end``, both included, that has no run.
 
-        An instant that a policy skipped gets its run; one that was skipped unseen, as one of several, too. The runs
-        are in the ledger with the reason "backfill ..." and may wait: without ``max_instances`` one runs at a time,
-        beside the schedule's own (all at once with overlap "allow"). The schedule does not move.
+        Also for one that a policy skipped, alone or as one of several. The runs say "backfill ..." and may wait:
+        without ``max_instances`` one runs at a time (all at once with overlap "allow"). The schedule does not move.
 
         Args:
             start: A naive datetime is the machine's local time.
@@ -222,8 +221,7 @@ class Task(Plan):
     ) -> Tasks:
         """The app's Tasks, those declared in code included, by name."""
         check_whole("limit", limit, 0, None)
-        at = station()
-        wanted = [ScheduleState(state) for state in states]
+        at, wanted = station(), [ScheduleState(state) for state in states]
         with at.database.reading() as connection:
             found = schedules.find(connection, at.name, name=name, func_name=func_name, states=wanted, limit=limit)
         return [cls._from(row) for row in found]
@@ -248,8 +246,7 @@ class Task(Plan):
     def next_runs(self, count: int = 5) -> Instants:
         """The next instants, UTC; of a Task that is not active those that it would have if it were resumed now."""
         check_whole("count", count, 0, 10_000)
-        at = station()
-        now = at.database.now()
+        now = (at := station()).database.now()
         return upcoming(self._row or self._checked(at, now), now, count)
 
     # -- inside
@@ -257,9 +254,9 @@ class Task(Plan):
     def _store(self, tx: Any, checked: Schedule, now: datetime) -> Schedule:
         """Write the checked row, beside what the row that is there keeps."""
         before = schedules.get(tx, checked.id, lock=True) if self.id else None
-        if before is None:
-            return schedules.put(tx, begun(checked, now), now)
-        return schedules.put(tx, saved_over(before, checked, moved=self._asks_for_next_run, now=now), now)
+        moved = self._asks_for_next_run
+        row = begun(checked, now) if before is None else saved_over(before, checked, moved=moved, now=now)
+        return schedules.put(tx, row, now)
 
     def _move(self, to: ScheduleState, verb: str, by: str | None = None) -> Self:
         at = station()
@@ -268,8 +265,7 @@ class Task(Plan):
             row = self._read(tx, lock=True)
             check_movable(row, verb)
             if row.state is not to or (to is ScheduleState.ACTIVE and row.next_run_at is None):
-                row = paused(row, now, by) if to is ScheduleState.PAUSED else resumed(row, now)
-                row = schedules.put(tx, row, now)
+                row = schedules.put(tx, paused(row, now, by) if to is ScheduleState.PAUSED else resumed(row, now), now)
         self._adopt(row)
         return self
 

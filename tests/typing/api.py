@@ -60,7 +60,7 @@ def bound_sync(self: Any) -> None:
 async def policies() -> None: ...
 
 
-task_registry.register(name="wrong", overlap="queue")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+task_registry.register(name="wrong", overlap="queue")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 
 
 async def handle_failure(run: Run, error: Exception) -> None:
