@@ -149,10 +149,11 @@ def _takeable(startable: ColumnElement[bool], new: Any) -> ColumnElement[bool]:
 
 _CLAIM: Final = Prepared(_claim, _RETURNED)
 _CLAIM_SLOTLESS: Final = Prepared(partial(_claim, slotless=True), _RETURNED)
-_OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
+#: What every write of a claim is fenced by.
+OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
 _WAIT: Final = (
     update(runs)
-    .where(_OURS)
+    .where(OURS)
     .values(
         state=bindparam("to"), reason=bindparam("why"), owner=None, heartbeat_at=None,
         started_at=case((runs.c.attempts == 0, null()), else_=runs.c.started_at),

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Text, and_, bindparam, case, func, null, or_,
 
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.claims import Claim
+from llmtasks.store.claims import OURS, Claim
 from llmtasks.store.lone import Lone
 from llmtasks.store.prepared import Prepared
 from llmtasks.store.rows import UtcDateTime, runs
@@ -40,7 +40,6 @@ class End:
     replacement: str | None = None
 
 
-_OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
 #: Somebody asked to cancel the run: it has no next attempt.
 _GIVEN_UP: Final = and_(
     runs.c.cancel_requested_at.is_not(None),
@@ -50,7 +49,7 @@ _GIVEN_UP: Final = and_(
 _REPLACED: Final = and_(bindparam("instead", type_=Text()).is_not(None), ~_GIVEN_UP)
 _ENDING: Final = (
     update(runs)
-    .where(_OURS, runs.c.state == RunState.RUNNING)
+    .where(OURS, runs.c.state == RunState.RUNNING)
     .values(
         state=case((_GIVEN_UP, RunState.CANCELLED.value), else_=bindparam("to")),
         attempts=case((_REPLACED, 0), else_=runs.c.attempts + bindparam("counted")),

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, Integer, Text, and_, bindparam, case, func, select, update
+from sqlalchemy import Connection, Integer, Text, bindparam, case, func, select, update
 
 from llmtasks.states import ENDED, RunState
+from llmtasks.store.claims import OURS
 from llmtasks.store.rows import runs, state_in
 
-_OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
 # Rows are locked in the order of their ids, as everybody does who locks several: no two wait for each other.
 _STAMP: Final = (
     update(runs)
@@ -44,7 +44,7 @@ def _cut(text: Any) -> Any:
 
 _DELIVERED: Final = (
     update(runs)
-    .where(_OURS, state_in(ENDED))
+    .where(OURS, state_in(ENDED))
     .values(
         delivered=True,
         owner=None,
@@ -56,9 +56,9 @@ _DELIVERED: Final = (
         traceback=_cut(runs.c.traceback),
     )
 )
-_LET_GO: Final = update(runs).where(_OURS, state_in(ENDED)).values(owner=None)
-_CALLBACK: Final = update(runs).where(_OURS).values(callback_calls=runs.c.callback_calls + 1)
-_REMARK: Final = update(runs).where(_OURS).values(reason=bindparam("why"))
+_LET_GO: Final = update(runs).where(OURS, state_in(ENDED)).values(owner=None)
+_CALLBACK: Final = update(runs).where(OURS).values(callback_calls=runs.c.callback_calls + 1)
+_REMARK: Final = update(runs).where(OURS).values(reason=bindparam("why"))
 
 
 def stamp(tx: Connection, owner: str, ids: list[str], now: datetime) -> dict[str, int]:

@@ -10,12 +10,11 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Dialect, Engine, exc
 
-#: Seconds after which a connection that lay idle is asked whether it still lives.
-IDLE: Final = 1.0
+from llmtasks.store.pinging import IDLE
 
 
 @dataclass(frozen=True, slots=True)

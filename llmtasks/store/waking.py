@@ -39,7 +39,7 @@ class Waking:
         """
         try:
             if self._lone is None:
-                self._lone = self._opened()  # what changed before is not told: the caller looks once more
+                self._open()  # what changed before is not told: the caller looks once more
                 return
             with driver_errors(self._lone.dialect):
                 self._sleep(self._lone, seconds)
@@ -54,14 +54,13 @@ class Waking:
             with contextlib.suppress(Exception):  # what closing a broken connection raises differs among drivers
                 lone.driver.close()
 
-    def _opened(self) -> Lone:
-        lone = self._database.own_lone()
+    def _open(self) -> None:
+        lone = self._lone = self._database.own_lone()  # kept at once: whatever fails from here on closes it
         with driver_errors(lone.dialect):
             if lone.dialect.name == "postgresql":
                 lone.execute(f"LISTEN {CHANNEL}", None)
             elif lone.dialect.name == "sqlite":
                 self._version = _data_version(lone)
-        return lone
 
     def _sleep(self, lone: Lone, seconds: float) -> None:
         if lone.dialect.name == "sqlite":

@@ -12,7 +12,7 @@ from llmtasks.store import claims, ends
 from llmtasks.store.claims import Claim
 from llmtasks.store.database import Database
 from llmtasks.store.ends import End
-from llmtasks.store.lone import IDLE
+from llmtasks.store.pinging import IDLE
 from tests.servers import PostgreSQL
 from tests.store.rows_of import (
     LEASE,

@@ -87,3 +87,22 @@ def test_server_that_goes_away_only_shortens_the_sleep(postgresql_server: Postgr
     waking.close()
     database.close()
     postgresql_server.drop_database(url)
+
+
+@pytest.mark.postgresql
+def test_sleep_that_cannot_listen_closes_its_connection(
+    postgresql_server: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that refuses LISTEN costs no connection at each try, and the sleep still ends without an error."""
+    url = postgresql_server.create_database()
+    database = Database(url)
+    database.migrate()
+    monkeypatch.setattr("llmtasks.store.waking.CHANNEL", "no channel's name")
+    waking = Waking(database)
+
+    for _ in range(3):
+        waking.sleep(0.01)
+
+    assert waking._lone is None
+    database.close()
+    postgresql_server.drop_database(url)
