@@ -19,7 +19,7 @@ from llmtasks.bridge import Body
 from llmtasks.errors import LLMTasksError
 from llmtasks.holding import Hold, hold_of, holdings, persist
 from llmtasks.options import TaskOptions
-from llmtasks.states import RunState
+from llmtasks.states import ENDED, RunState
 from llmtasks.store import held, runs
 from llmtasks.store.held import Delivered
 
@@ -70,7 +70,10 @@ def tell_cancelled(task: Any, hold: Hold, reason: str) -> NoReturn:
             state=celery_states.REVOKED,
             store_result=not sender.ignores_result(task, request),
         )
-        holdings.deliver(hold, delivered(task, hold, task.options.redact))
+        if _is_chord_sent(task, hold):
+            holdings.deliver(hold, delivered(task, hold, task.options.redact))
+        else:
+            let_go(task)
     except Exception as error:  # to the tracer it would be the function's own failure
         logger.warning("run %s: nobody could be told that it is cancelled, a keeper tries again: %r", request.id, error)
         let_go(task)
@@ -80,7 +83,7 @@ def tell_cancelled(task: Any, hold: Hold, reason: str) -> NoReturn:
 def after_return(task: Any, options: TaskOptions, status: str, value: Any) -> None:
     """Result, links and chord are stored: call the callbacks and set ``delivered``."""
     hold = hold_of(task.request)
-    if hold is None or not _was_told(hold, status, value):
+    if hold is None or not _was_told(hold, status, value) or not _is_chord_sent(task, hold):
         return
     callback = {celery_states.SUCCESS: options.on_success, celery_states.FAILURE: options.on_failure}.get(status)
     if callback is not None and hold.claim.callback_calls < CALLBACK_CALLS:
@@ -98,6 +101,28 @@ def _was_told(hold: Hold, status: str, value: Any) -> bool:
     if isinstance(value, EncodeError):
         return True  # the backend cannot carry the result, which will not change
     return TOLD.get(hold.ended or hold.claim.state) == status
+
+
+def _is_chord_sent(task: Any, hold: Hold) -> bool:
+    """Whether the chord of a replayed member needs no more from it; else a keeper has it told again.
+
+    The Redis backend lets one process send the body, and the others pass for as long as that one's claim lives
+    (backends/redis.py:104-142). It may be the claim of the process that died here before.
+    """
+    request, backend = task.request, task.backend
+    if not request.chord or not request.group or hold.claim.state not in ENDED:
+        return True
+    from celery.backends.redis import RedisBackend  # not every app has results there
+
+    if not isinstance(backend, RedisBackend):
+        return True
+    client: Any = backend.client
+    try:
+        claim = client.get(backend.get_key_for_group(request.group, ".c"))
+    except Exception as error:  # to the tracer it would be the function's own failure
+        logger.warning("run %s: whether its chord is sent cannot be seen: %r", request.id, error)
+        return False
+    return claim in {None, b"done", "done"}
 
 
 def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:

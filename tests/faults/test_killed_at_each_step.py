@@ -14,9 +14,13 @@ from tests.processes import CeleryProcess, Project
 from tests.waiting import wait_until
 
 TASKS = """
+    from celery import current_app
+
     import tests.mines
     from llmtasks import task_registry
     from tests.notebook import note
+
+    current_app.conf.broker_connection_timeout = 1  # how long a dead sender of a chord's body is waited for
 
 
     @task_registry.register(name="step", max_retries=3, retry_delay=0)
@@ -62,6 +66,10 @@ STEPS = {
     "finished": Step(event="return", file="llmtasks/attempt/finishing.py", function="finish"),
     "links are sent": Step(event="call", file="celery/backends/base.py", function="mark_as_done"),
     "result is stored": Step(event="return", file="celery/backends/base.py", function="store_result"),
+    "sends the chord's body": Step(
+        event="call", file="celery/backends/redis.py", function="_chord_publish_claim_expires"
+    ),
+    "chord's body is sent": Step(event="call", file="celery/backends/redis.py", function="_chord_cleanup_script"),
     "chord is told": Step(event="return", file="celery/backends/base.py", function="mark_as_done"),
     "after return": Step(event="call", file="llmtasks/attempt/telling.py", function="after_return"),
     "tracer has ended": Step(event="return", file="celery/app/trace.py", function="trace_task"),
