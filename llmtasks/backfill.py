@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Final
@@ -9,10 +10,12 @@ from typing import Final
 from llmtasks.checks import check_whole, instant_of
 from llmtasks.dispatch import Station, run_of, send
 from llmtasks.errors import InvalidOptionError
-from llmtasks.store import outbox, runs, uncovered
+from llmtasks.registry import task_registry
+from llmtasks.store import outbox, runs, uncovered, uniqueness
 from llmtasks.store.runs import NewRun, Run
 from llmtasks.store.schedules import Schedule
 from llmtasks.triggers import Interval, Trigger, instants
+from llmtasks.uniqueness import duplicate_reason
 
 #: Runs that one call opens at most, where nobody says more.
 DEFAULT_LIMIT: Final = 1_000
@@ -56,21 +59,34 @@ def missing(at: Station, schedule: Schedule, start: object, end: object, limit: 
         raise _too_many(schedule, f"at least {len(opened):,}, as many runs as this would open", most)
     why = f"backfill {begin.isoformat()} to {until.isoformat()}"
     reasons = {item: f"{why}; before: {left_out[item]}" if item in left_out else why for item in opened}
-    return [run_of(schedule, scheduled_for=item, backfilled=True, reason=reasons[item]) for item in opened]
+    unique = task_registry.unique_of(schedule)
+    return [
+        run_of(schedule, scheduled_for=item, backfilled=True, reason=reasons[item], unique=unique) for item in opened
+    ]
 
 
 def open_all(at: Station, new: list[NewRun]) -> list[Run]:
-    """Open these runs and send their messages; returns those that are new, as the ledger has them."""
+    """Open these runs and send their messages; returns those that are new, as the ledger has them.
+
+    Of a unique function one run is opened; the other instants are skipped, and a later backfill opens the next.
+    """
     found: list[Run] = []
     for begin in range(0, len(new), SLICE):
         part, now = new[begin : begin + SLICE], at.database.now()
         with at.database.transaction() as tx:
             uncovered.forget(tx, part)
-            ids = [item.id for item in part if runs.open_run(tx, item, now)]
+            opened = [uniqueness.open_run(tx, item, now, refuses=False) for item in part]
+            ids = [item.run.id for item in opened if item.is_new]
+            both = zip(part, opened, strict=True)
+            runs.record_skipped(tx, [_duplicate(item, of.run) for item, of in both if of.is_duplicate], now)
             messages = outbox.take_these(tx, ids, now + timedelta(seconds=at.settings.outbox_patience)) if ids else []
             found += runs.get_many(tx, ids)
         send(at, messages)
     return found
+
+
+def _duplicate(new: NewRun, original: Run) -> NewRun:
+    return replace(new, reason=duplicate_reason(original.id, original.state))
 
 
 def _reaching_back(trigger: Trigger, first: datetime) -> Trigger:

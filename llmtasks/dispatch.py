@@ -19,11 +19,13 @@ from llmtasks.message import Message
 from llmtasks.options import DEFAULT_PRIORITY, limits
 from llmtasks.policies import places_of
 from llmtasks.settings import Settings
-from llmtasks.store import cancelling, outbox, runs, unsendable
+from llmtasks.store import cancelling, outbox, runs, uniqueness, unsendable
 from llmtasks.store.database import Database, database_at
 from llmtasks.store.forking import fork_gate
 from llmtasks.store.runs import NewRun, Run
 from llmtasks.store.schedules import Schedule
+from llmtasks.store.uniqueness import Accepted
+from llmtasks.uniqueness import Unique
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def run_of(
     stands_for: int = 1,
     backfilled: bool = False,
     reason: str | None = None,
+    unique: Unique | None = None,
 ) -> NewRun:
     """The run that a schedule's instant (or somebody's hand, without one) opens."""
     options = schedule.options
@@ -104,6 +107,7 @@ def run_of(
         stands_for=stands_for,
         backfilled=backfilled,
         reason=reason,
+        unique=unique,
     )
 
 
@@ -116,21 +120,38 @@ def dispatch(at: Station, new: NewRun, available_at: datetime | None = None) -> 
         available_at: Its message is sent at this instant; None sends it now.
 
     Returns:
-        The run as the ledger has it.
+        The run as the ledger has it; where it would be a duplicate, the one that is there.
 
     Raises:
         DatabaseUnavailableError: Nothing was recorded.
+        DuplicateRunError: Its function is unique and refuses a second run.
+    """
+    return accept(at, new, available_at).run
+
+
+def accept(
+    at: Station, new: NewRun, available_at: datetime | None = None, *, traced: bool = False, refuses: bool = True
+) -> Accepted:
+    """As ``dispatch``, and say more.
+
+    Args:
+        at: Where.
+        new: The run.
+        available_at: Its message is sent at this instant; None sends it now.
+        traced: Somebody knows its id: a duplicate is recorded as skipped, and its end is told.
+        refuses: Whether a duplicate may raise.
     """
     now = at.database.now()
     messages: list[Message] = []
     with at.database.transaction() as tx:
-        opened = runs.open_run(tx, new, now, available_at)
-        if opened and (available_at is None or available_at <= now):
+        accepted = uniqueness.open_run(tx, new, now, available_at, refuses=refuses)
+        if accepted.is_duplicate and traced:
+            uniqueness.record_duplicate(tx, new, accepted.run, now)
+        if accepted.is_new and (available_at is None or available_at <= now):
             messages = outbox.take_these(tx, [new.id], _until(at, now))
-        run = runs.get(tx, new.id)
-    assert run is not None
+    announce_cancelled(at, accepted.cancelled)
     send(at, messages)
-    return run
+    return accepted
 
 
 def relay(at: Station, ids: Iterable[str]) -> None:

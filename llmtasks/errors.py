@@ -12,6 +12,7 @@
     │   └── RunNotFoundError
     ├── InvalidParamsError (TypeError)
     ├── ForbiddenTransitionError
+    ├── DuplicateRunError
     └── UnavailableError
         ├── BrokerUnavailableError
         └── DatabaseUnavailableError
@@ -99,6 +100,21 @@ class InvalidParamsError(LLMTasksError, TypeError):
 
 class ForbiddenTransitionError(LLMTasksError):
     """A Task or a run is in a state from which the wished one cannot be reached."""
+
+
+class DuplicateRunError(LLMTasksError):
+    """A unique function has a run already that counts, and was registered to refuse another.
+
+    Args:
+        message: What Celery keeps of an error is its message.
+        run_id: The run that is there.
+        state: The state that it is in.
+    """
+
+    def __init__(self, message: str, run_id: str = "", state: str = "") -> None:
+        self.run_id = run_id
+        self.state = state
+        super().__init__(message)
 
 
 class UnavailableError(LLMTasksError):

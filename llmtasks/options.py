@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -11,6 +11,7 @@ from llmtasks.checks import check_number, check_text, check_whole
 from llmtasks.errors import InvalidOptionError, nearest
 from llmtasks.policies import DEFAULT_MISFIRE_GRACE, Misfire, Overlap, check_bounds, check_policies, seconds_of
 from llmtasks.settings import TaskDefaults
+from llmtasks.uniqueness import UniqueRule, rule_of
 
 #: The priority of a run where nobody said one; 1 runs first, 10 last.
 DEFAULT_PRIORITY: Final = 5
@@ -83,6 +84,10 @@ class TaskOptions:
         ends_at: No instant after this one runs.
         max_runs: After so many runs of its instants the schedule is completed.
         jitter_seconds: Each run of an instant is sent later by a part of this, which chance chooses once.
+        unique: One run at a time: True compares all arguments, names of parameters compare these.
+        unique_for: Seconds, or a timedelta; for so long after it was accepted a run counts although it has ended.
+        unique_states: The states in which a run counts; None is all that are unfinished.
+        on_duplicate: What becomes of another run meanwhile: "return" (None), "replace" or "refuse".
         queue: The Celery queue.
         on_failure: Called with (run, error) after the last attempt failed.
         on_success: Called with (run, result) after an attempt succeeded.
@@ -108,6 +113,10 @@ class TaskOptions:
     ends_at: datetime | None = None
     max_runs: int | None = None
     jitter_seconds: float | None = None
+    unique: bool | str | Iterable[str] = False
+    unique_for: float | timedelta | None = None
+    unique_states: Iterable[str] | None = None
+    on_duplicate: str | None = None
     queue: str | None = None
     on_failure: Callable[..., Any] | None = None
     on_success: Callable[..., Any] | None = None
@@ -133,6 +142,7 @@ class TaskOptions:
                 raise InvalidOptionError(
                     name, given[name], "a value only together with interval_minutes or schedule", "A Task has its own."
                 )
+        rule_of(given)
         begin, end = check_bounds(given["starts_at"], given["ends_at"])
         checked = {"redact": tuple(names), "misfire_window": seconds_of(self.misfire_window)}
         for name, value in {**checked, "starts_at": begin, "ends_at": end}.items():
@@ -177,6 +187,22 @@ class TaskOptions:
     def is_scheduled(self) -> bool:
         """Whether beat runs the function by itself."""
         return self.interval_minutes is not None or self.schedule is not None
+
+    @property
+    def unique_rule(self) -> UniqueRule | None:
+        """Which of the function's runs are the same, and what becomes of a second one; None where any may be."""
+        return (
+            rule_of(
+                {
+                    "unique": self.unique,
+                    "unique_for": self.unique_for,
+                    "unique_states": self.unique_states,
+                    "on_duplicate": self.on_duplicate,
+                }
+            )
+            if self.unique
+            else None
+        )
 
     def celery_options(self) -> dict[str, Any]:
         """Keyword arguments of Celery's ``shared_task``, without what only ``TASK_CONFIG`` knows."""

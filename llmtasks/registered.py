@@ -37,6 +37,10 @@ class RegisterOptions(TypedDict, total=False):
     ends_at: datetime | None
     max_runs: int | None
     jitter_seconds: float | None
+    unique: bool | str | Sequence[str]
+    unique_for: float | timedelta | None
+    unique_states: Iterable[Literal["pending", "queued", "waiting", "running", "retrying"]] | None
+    on_duplicate: Literal["return", "replace", "refuse"] | None
     queue: str | None
     on_failure: Callable[[Run, Any], object] | None
     on_success: Callable[[Run, Any], object] | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, Unpack, overload
 
@@ -19,6 +19,7 @@ from llmtasks.errors import (
     InvalidTriggerError,
     UnknownTaskFunctionError,
 )
+from llmtasks.identity import check_identity, unique_of
 from llmtasks.options import TaskOptions
 from llmtasks.registered import (
     BoundTaskDecorator,
@@ -30,7 +31,9 @@ from llmtasks.registered import (
     TaskDecorator,
 )
 from llmtasks.run_task import RunTask, body_of
+from llmtasks.store.schedules import Schedule
 from llmtasks.triggers import Cron, Interval
+from llmtasks.uniqueness import Unique
 
 #: Any instant: only shows whether an interval is one.
 _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
@@ -125,6 +128,21 @@ class TaskRegistry:
         self._check_known(name)
         return self._functions[name]
 
+    def unique(self, app: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Unique | None:
+        """What a run of a task function must be the only one in; None where the function is not unique.
+
+        Raises:
+            InvalidParamsError: The arguments do not fit its signature.
+        """
+        self._check_known(name)
+        return unique_of(app, self._options[name], self._functions[name], args, kwargs)
+
+    def unique_of(self, schedule: Schedule) -> Unique | None:
+        """The same for each run of a schedule; None where its function is not known here, or a plain Celery task."""
+        if schedule.handed or schedule.func_name not in self:
+            return None
+        return self.unique(schedule.app, schedule.func_name, schedule.args, schedule.kwargs)
+
     def __contains__(self, name: object) -> bool:
         return name in self._functions
 
@@ -150,6 +168,7 @@ class TaskRegistry:
         options = TaskOptions.build(name or function.__name__, keywords, config)
         _check_trigger(options)
         _check_redact(function, options)
+        check_identity(options, function)
         known = self._functions.get(options.name)
         if known is not None and name_of(known) != name_of(function):
             raise DuplicateTaskError(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-import uuid
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
 import celery
@@ -15,12 +14,10 @@ from celery import canvas
 from celery.exceptions import Retry
 from kombu.exceptions import EncodeError
 
-from llmtasks import attempt, bridge, sender
+from llmtasks import accepting, attempt, bridge, sender
 from llmtasks.checks import check_number, check_whole
-from llmtasks.dispatch import dispatch, station
 from llmtasks.errors import BrokerUnavailableError, InvalidOptionError, InvalidParamsError
 from llmtasks.options import TaskOptions
-from llmtasks.store.runs import NewRun
 
 #: A delay longer than this is kept in the database; shorter ones wait in the worker as Celery has it.
 BROKER_DELAY: Final = 5.0
@@ -135,9 +132,13 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
     ) -> Any:
         """Send a run, as Celery does. ``priority`` is 1 (first) to 10; a delay over 5 s is kept in the database.
 
+        A run of a unique function is in the database before it is sent: where it would be a duplicate, the handle
+        returned is that of the run that is there.
+
         Raises:
             InvalidOptionError: An option has a value that it cannot have.
             InvalidParamsError: The arguments do not fit the function, or JSON cannot carry them.
+            DuplicateRunError: The function is unique and refuses a second run.
         """
         if options.get("serializer", "json") != "json":
             raise InvalidOptionError(
@@ -150,10 +151,12 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             check_whole("priority", priority, 1, 10)
         if not self.app.conf.task_always_eager:
             delay = self._delay(options.get("countdown"), options.get("eta"))
-            if delay > BROKER_DELAY:
-                return self._keep(
-                    args, kwargs, task_id, delay, priority, link=link, link_error=link_error, shadow=shadow, **options
-                )
+            if delay > BROKER_DELAY or self.options.unique:
+                self._check_arguments(args, kwargs, None)
+                named = {**options, "link": link, "link_error": link_error, "shadow": shadow}
+                kept = accepting.keep(self, args, kwargs, task_id, delay, priority, **named)
+                if kept is not None:
+                    return kept
         options["priority"] = sender.native_priority(self.app, priority)
         options["headers"] = {**(options.get("headers") or {}), sender.SENT_HEADER: time.time()}
         if self.options.queue is not None and not {"queue", "exchange", "routing_key"} & set(options):
@@ -215,38 +218,6 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             aware = eta if eta.tzinfo else eta.replace(tzinfo=self.app.timezone)
             return (aware - datetime.now(UTC)).total_seconds()
         return 0.0
-
-    def _keep(self, args: Any, kwargs: Any, task_id: str | None, delay: float, priority: int, **options: Any) -> Any:
-        """Keep a run in the database until its time; the broker could lose it or give it out twice."""
-        self._check_arguments(args, kwargs, None)
-        at = station(self.app)
-        run_id = task_id or str(uuid.uuid4())
-        parent = self.app.current_worker_task
-        if parent is not None:
-            options.setdefault("root_id", parent.request.root_id or parent.request.id)
-            options.setdefault("parent_id", parent.request.id)
-        for name in ("soft_time_limit", "time_limit"):
-            options.setdefault(name, None)
-        ignore_result = options.get("ignore_result")
-        options["ignore_result"] = self.ignore_result if ignore_result is None else ignore_result
-        expires = options.get("expires", self.expires)
-        envelope = sender.envelope_of_options({**options, "expires": sender.absolute(expires)})
-        new = NewRun(
-            id=run_id,
-            app=at.name,
-            func_name=self.name,
-            name=self.name,
-            args=sender.dumps(list(args or ()), "args"),
-            kwargs=sender.dumps(dict(kwargs or {}), "kwargs"),
-            envelope=envelope,
-            queue=options.get("queue") or self.options.queue,
-            priority=priority,
-        )
-        dispatch(at, new, at.database.now() + timedelta(seconds=delay))
-        result = (options.get("result_cls") or self.AsyncResult)(run_id)
-        if options.get("add_to_parent", True) and parent is not None:
-            parent.add_trail(result)
-        return result
 
     def _check_arguments(self, args: Any, kwargs: Any, error: TypeError | None) -> None:
         """Raise InvalidParamsError where the arguments do not fit the function's signature."""

@@ -14,6 +14,7 @@ from llmtasks.checks import check_text, check_whole
 from llmtasks.dispatch import run_of, station
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
 from llmtasks.plan import Plan, rich
+from llmtasks.registry import task_registry
 from llmtasks.states import ScheduleState
 from llmtasks.store import cancelling, schedules
 from llmtasks.store.joining import joined
@@ -126,12 +127,15 @@ class Task(Plan):
         """Run the function now, in whatever state the Task is; its schedule does not move, no policy leaves it out.
 
         Returns:
-            The run, which is stored and sent.
+            The run, which is stored and sent; of a unique function perhaps the one that is there already.
+
+        Raises:
+            DuplicateRunError: The function is unique and refuses a second run.
         """
         at = station()
         with at.database.reading() as connection:
             row = self._read(connection)
-        return dispatch.dispatch(at, run_of(row))
+        return dispatch.dispatch(at, run_of(row, unique=task_registry.unique_of(row)))
 
     def backfill_sync(self, start: datetime, end: datetime, *, limit: int | None = None) -> Runs:
         """Run the function for each instant from ``start`` to ``end``, both included, that has no run.
@@ -201,14 +205,7 @@ class Task(Plan):
         """
         at = station()
         with at.database.reading() as connection:
-            found = schedules.get(connection, id_or_name)
-            named = [] if found else schedules.find(connection, at.name, name=id_or_name)
-        if found is None and len(named) > 1:
-            ids = ", ".join(f"{item.id} ({item.state})" for item in named)
-            raise TaskNotFoundError(f"{len(named)} Tasks are named {id_or_name!r}: name one by its id: {ids}")
-        if found is None and not named:
-            raise TaskNotFoundError(f"no Task has the id or name {id_or_name!r}; `llmtasks schedules` lists them")
-        return cls._from(found or named[0])
+            return cls._from(schedules.get_one(connection, at.name, id_or_name))
 
     @classmethod
     def list_sync(
@@ -280,9 +277,8 @@ class Task(Plan):
     def _adopt(self, row: Schedule) -> None:
         """Show what the row says."""
         self.id, self.name, self.state, self.reason = row.id, row.name, row.state, row.reason
-        self.timezone = row.timezone
         self.next_run_at, self.last_run_at, self.fired = row.next_run_at, row.last_run_at, row.fired
-        self.starts_at, self.ends_at = row.starts_at, row.ends_at
+        self.starts_at, self.ends_at, self.timezone = row.starts_at, row.ends_at, row.timezone
         self.created_at, self.updated_at, self.paused_at = row.created_at, row.updated_at, row.paused_at
         self._row = row
 

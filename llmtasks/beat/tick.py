@@ -8,18 +8,21 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from llmtasks.beat import overlap
+from llmtasks.beat import duplicates, overlap
+from llmtasks.beat.duplicates import Claimant
 from llmtasks.dispatch import Station, run_of
-from llmtasks.errors import LLMTasksError
+from llmtasks.errors import InvalidParamsError, LLMTasksError
 from llmtasks.message import Message
 from llmtasks.policies import JITTERED, REACHED_END, Misfire, Policies, had_its_runs
 from llmtasks.registry import task_registry
-from llmtasks.states import ScheduleState
-from llmtasks.store import outbox, overlaps, runs, schedules
+from llmtasks.states import RunState, ScheduleState
+from llmtasks.store import keys, outbox, overlaps, runs, schedules, uniqueness
+from llmtasks.store.keys import Holder
 from llmtasks.store.overlaps import Unfinished
 from llmtasks.store.runs import NewRun
 from llmtasks.store.schedules import Advance, Schedule
 from llmtasks.triggers import latest_at_or_before, latest_instants
+from llmtasks.uniqueness import Unique, replaced_reason
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,8 @@ class Firing:
     advance: Advance
     #: Why the schedule's unfinished runs are cancelled; None leaves them alone.
     cancels: str | None = None
+    #: The run of the same unique function that the new one takes the place of.
+    replaces: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +79,16 @@ def claim_due(at: Station, limit: int = BATCH) -> Claimed:
         # Asked once these rows are locked: no other beat opens a run of theirs meanwhile.
         asking = [item.id for item in due if isinstance(item, Schedule) and overlap.asks(item)]
         unfinished = overlaps.unfinished(tx, asking)
-        firings = [item if isinstance(item, Firing) else _firing_of(item, now, unfinished) for item in due]
+        firings = _all_fired(tx, due, now, unfinished)
         cancels = {item.advance.schedule_id: item.cancels for item in firings if item.cancels is not None}
-        cancelled = overlaps.cancel_unfinished(tx, cancels, now)
         new = [item for firing in firings for item in firing.new]
+        opened = {item.id for item in new}
+        replaced = {item.replaces: replaced_reason(item.new[0].id) for item in firings if item.replaces is not None}
+        older = {run_id: why for run_id, why in replaced.items() if run_id not in opened}
+        cancelled = overlaps.cancel_unfinished(tx, cancels, now, older)
         runs.open_many(tx, new, now)
+        # Two schedules of one unique function may be due at once.
+        cancelled += uniqueness.replace(tx, {run_id: replaced[run_id] for run_id in opened & replaced.keys()}, now)
         runs.record_skipped(tx, [item for firing in firings for item in firing.skipped], now)
         schedules.advance(tx, [firing.advance for firing in firings])
         until = now + timedelta(seconds=at.settings.outbox_patience)
@@ -99,9 +109,38 @@ def _read(row: Any) -> Schedule | Firing:
     return schedule
 
 
-def _firing_of(schedule: Schedule, now: datetime, unfinished: dict[str, Unfinished]) -> Firing:
+def _all_fired(tx: Any, due: list[Schedule | Firing], now: datetime, unfinished: dict[str, Unfinished]) -> list[Firing]:
+    """What the due schedules lead to, one after the other: two of one unique function may be due at once."""
+    uniques = {item.id: found for item in due if isinstance(item, Schedule) and (found := _unique_of(item))}
+    locked = {unique.key for unique in uniques.values()}
+    holders = keys.lock(tx, locked)
+    firings: list[Firing] = []
+    for item in due:
+        if isinstance(item, Firing):
+            firings.append(item)
+            continue
+        unique = uniques.get(item.id)
+        claimant = Claimant(unique=unique, holder=holders.get(unique.key)) if unique is not None else None
+        firing = _firing_of(item, now, unfinished.get(item.id), claimant)
+        if unique is not None and firing.new:
+            holders[unique.key] = Holder(run_id=firing.new[0].id, state=RunState.PENDING, accepted_at=now)
+            keys.give(tx, {unique.key: firing.new[0].id})
+        firings.append(firing)
+    keys.drop_unnamed(tx, locked)
+    return firings
+
+
+def _unique_of(schedule: Schedule) -> Unique | None:
+    """What the schedule's runs must be the only ones in; arguments that do not fit any more fail as they always did."""
     try:
-        return fire(schedule, now, unfinished.get(schedule.id))
+        return task_registry.unique_of(schedule)
+    except InvalidParamsError:
+        return None
+
+
+def _firing_of(schedule: Schedule, now: datetime, unfinished: Unfinished | None, claimant: Claimant | None) -> Firing:
+    try:
+        return fire(schedule, now, unfinished, claimant)
     except Exception as error:
         return _set_aside(schedule.id, schedule.name, schedule.state, error)
 
@@ -113,14 +152,18 @@ def _set_aside(schedule_id: str, name: str, state: ScheduleState, error: Excepti
     return Firing(new=[], skipped=[], advance=move)
 
 
-def fire(schedule: Schedule, now: datetime, unfinished: Unfinished | None = None) -> Firing:
+def fire(
+    schedule: Schedule, now: datetime, unfinished: Unfinished | None = None, claimant: Claimant | None = None
+) -> Firing:
     """The runs of a due schedule's instants up to ``now`` by its policies, and where it stands afterwards.
 
     Pure. Of several instants that are due at once only the latest can be on time, and it is within ``misfire_grace``.
-    Misfire decides first which of them get a run, then overlap which of those may start, then ``max_runs``.
+    Misfire decides first which of them get a run, then overlap which of those may start, then whether the function is
+    unique, then ``max_runs``.
 
     Args:
         unfinished: What the schedule has not finished, where its overlap policy asks for that.
+        claimant: What its runs must be the only ones in, where its function is unique.
     """
     policies, trigger = Policies.of(schedule.options), schedule.trigger
     first, ends_at, left = schedule.next_run_at, schedule.ends_at, schedule.runs_left
@@ -137,6 +180,7 @@ def fire(schedule: Schedule, now: datetime, unfinished: Unfinished | None = None
         latest, count = first, 1
     wanted, missed = _by_misfire(schedule, policies, before, latest, count, now)
     decided = overlap.decide(schedule, policies, wanted, unfinished, now)
+    decided, replaces = duplicates.decide(decided, claimant, now)
     new, skipped, cancels = decided.opened, [*missed, *decided.skipped], decided.cancels
     following, over = trigger.next_after(max(latest, now)), None
     if following is None or (ends_at is not None and following > ends_at):
@@ -151,7 +195,7 @@ def fire(schedule: Schedule, now: datetime, unfinished: Unfinished | None = None
     if policies.jitter:
         new = [_jittered(policies, item, now) for item in new]
     advance = replace(_advance(schedule, following, latest, over), fired_now=len(new))
-    return Firing(new=new, skipped=skipped, advance=advance, cancels=cancels)
+    return Firing(new=new, skipped=skipped, advance=advance, cancels=cancels, replaces=replaces)
 
 
 def _advance(schedule: Schedule, next_at: datetime | None, last_at: datetime | None, over: str | None) -> Advance:

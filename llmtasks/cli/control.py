@@ -161,6 +161,7 @@ def _run_function(at: Station, func_name: str, params: dict[str, Any]) -> Run:
             envelope=sender.envelope_of_options(envelope),
             queue=options.queue,
             priority=options.priority,
+            unique=task_registry.unique(at.name, func_name, [], params),
         ),
     )
 

@@ -48,14 +48,14 @@ def cancel_where(
     """Cancel the unstarted runs that meet ``condition``, request it for the running ones; returns the ids of both.
 
     Args:
-        reason: Why; one for all, or one for each schedule by its id.
+        reason: Why; one for all, or one for each run or each schedule by its id.
     """
     live = select(runs.c.id, runs.c.state, runs.c.schedule_id).where(condition, runs.c.state.not_in(ENDED))
     # Locked before either is written: a run that starts or retries in between would be missed by both.
     found = tx.execute(live.order_by(runs.c.id).with_for_update()).all()
     unstarted, running = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for row in found:
-        why = reason if isinstance(reason, str) else reason[row.schedule_id]
+        why = reason if isinstance(reason, str) else reason.get(row.id) or reason[row.schedule_id]
         (running if row.state == RunState.RUNNING else unstarted)[why].append(row.id)
     for why, ids in _slices(unstarted):
         tx.execute(

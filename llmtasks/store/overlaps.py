@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, select
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, select
 
 from llmtasks.states import LIVE, RunState
 from llmtasks.store.cancelling import cancel_where
@@ -57,8 +57,16 @@ def unfinished(tx: Connection, schedule_ids: Collection[str]) -> dict[str, Unfin
     }
 
 
-def cancel_unfinished(tx: Connection, reasons: dict[str, str], now: datetime) -> list[str]:
-    """Cancel what these schedules have not finished, each for its own reason; returns the runs' ids."""
-    if not reasons:
+def cancel_unfinished(
+    tx: Connection, reasons: Mapping[str, str], now: datetime, replaced: Mapping[str, str] | None = None
+) -> list[str]:
+    """Cancel what these schedules have not finished, each for its own reason; returns the runs' ids.
+
+    Args:
+        replaced: Reasons for other runs, by their ids: together, because everybody locks runs in one order.
+    """
+    replaced = replaced or {}
+    if not reasons and not replaced:
         return []
-    return cancel_where(tx, _counted(runs.c.schedule_id.in_(list(reasons))), now, reasons)
+    wanted = or_(_counted(runs.c.schedule_id.in_(list(reasons))), runs.c.id.in_(list(replaced)))
+    return cancel_where(tx, wanted, now, {**reasons, **replaced})

@@ -10,7 +10,7 @@ from typing import Final
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, select
 
 from llmtasks.states import ENDED
-from llmtasks.store import totals
+from llmtasks.store import keys, totals
 from llmtasks.store.database import Database
 from llmtasks.store.rows import runs
 
@@ -42,6 +42,7 @@ def purge_slice(tx: Connection, app: str, before: datetime, func_name: str | Non
     query = select(runs.c.id).where(_purgeable(app, before, func_name)).order_by(runs.c.ended_at).limit(SLICE)
     ids = list(tx.execute(query).scalars())
     if ids:
+        keys.forget(tx, ids)
         tx.execute(delete(runs).where(runs.c.id.in_(ids), runs.c.state.in_(ENDED)))
     return len(ids)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
 #: The revision in migrations/versions that creates exactly these tables.
-SCHEMA_VERSION: Final = "0004"
+SCHEMA_VERSION: Final = "0005"
 VERSION_TABLE: Final = "llmtasks_version"
 
 
@@ -199,6 +199,17 @@ slots: Final = Table(
     Column("run_id", String(255), nullable=False),
     Column("taken_at", UtcDateTime, nullable=False),
     Index("ix_llmtasks_slots_run", "run_id"),
+)
+
+unique: Final = Table(
+    "llmtasks_unique",
+    metadata,
+    #: SHA-256 of app, function and arguments; of many that come at once the primary key lets one be the first.
+    Column("key", String(64), primary_key=True),
+    #: The run that was accepted last for the key. Whether it still counts is written in its own row, so nothing has to
+    #: be cleared when it ends, however that happens.
+    Column("run_id", String(255), nullable=False),
+    Index("ix_llmtasks_unique_run", "run_id"),
 )
 
 processes: Final = Table(

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, RowMapping, and_, bindparam, select, update
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
 from llmtasks.store.rows import PerDialect, insert_into, runs, values_of
+from llmtasks.uniqueness import Unique
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +91,12 @@ class NewRun:
     reason: str | None = None
     #: When its message may be sent; None is at once.
     available_at: datetime | None = None
+    #: What no other run may be the same in; the store's ``uniqueness`` asks for it before the run is opened.
+    unique: Unique | None = None
 
 
+#: Fields of a new run that are not columns of its row.
+_ASIDE: Final = frozenset({"available_at", "unique"})
 _COLUMNS: Final = [runs.c[name] for name in Run.__dataclass_fields__]
 _GET: Final = select(*_COLUMNS).where(runs.c.id == bindparam("id"))
 _GET_MANY: Final = select(*_COLUMNS).where(runs.c.id.in_(bindparam("ids", expanding=True)))
@@ -230,7 +235,7 @@ def find(
 
 
 def _row(new: NewRun, now: datetime, state: RunState) -> dict[str, Any]:
-    row = {name: getattr(new, name) for name in NewRun.__dataclass_fields__ if name != "available_at"}
+    row = {name: getattr(new, name) for name in NewRun.__dataclass_fields__ if name not in _ASIDE}
     ended = state in ENDED
     # An end that needs no telling is delivered from the start; a cancellation waits for the message it belongs to.
     return {

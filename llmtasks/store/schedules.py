@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, bindparam, func, insert, select, text, update
 
-from llmtasks.errors import ConfigurationError
+from llmtasks.errors import ConfigurationError, TaskNotFoundError
 from llmtasks.states import ScheduleState
 from llmtasks.store.rows import UtcDateTime, insert_into, schedules
 from llmtasks.triggers import Cron, Interval, Once, Trigger
@@ -207,6 +207,22 @@ def find(
     if declared is not None:
         query = query.where(schedules.c.declared_key.is_not(None) if declared else schedules.c.declared_key.is_(None))
     return [from_row(row) for row in tx.execute(query.limit(limit) if limit is not None else query)]
+
+
+def get_one(tx: Connection, app: str, id_or_name: str) -> Schedule:
+    """The schedule with this id, else the one of the app with this name.
+
+    Raises:
+        TaskNotFoundError: There is none, or several share the name.
+    """
+    found = get(tx, id_or_name)
+    named = [] if found else find(tx, app, name=id_or_name)
+    if found is None and len(named) > 1:
+        ids = ", ".join(f"{item.id} ({item.state})" for item in named)
+        raise TaskNotFoundError(f"{len(named)} Tasks are named {id_or_name!r}: name one by its id: {ids}")
+    if found is None and not named:
+        raise TaskNotFoundError(f"no Task has the id or name {id_or_name!r}; `llmtasks schedules` lists them")
+    return found or named[0]
 
 
 def put(tx: Connection, schedule: Schedule, now: datetime) -> Schedule:

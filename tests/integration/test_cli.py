@@ -539,7 +539,7 @@ def test_unknown_schema_version_is_a_usage_error(shop: Shop) -> None:
     done = shop.command("migrate", "--to", "9999")
 
     assert done.exit_code == 2
-    assert "'9999': expected head, base or one of 0001, 0002, 0003, 0004" in done.stderr
+    assert "'9999': expected head, base or one of 0001, 0002, 0003, 0004, 0005" in done.stderr
 
 
 # -- as programs

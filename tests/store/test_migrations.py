@@ -9,8 +9,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
 
-from llmtasks.store import outbox, overlaps, rows, runs, schedules
+from llmtasks.states import RunState
+from llmtasks.store import outbox, overlaps, rows, runs, schedules, uniqueness
 from llmtasks.store.database import Database
+from llmtasks.uniqueness import Unique, rule_of
 from tests.servers import PostgreSQL
 from tests.store.rows_of import APP, NOW, held, new_run, opened, owed, schedule
 
@@ -157,3 +159,23 @@ def test_rows_of_the_first_version_keep_their_meaning(database: Database) -> Non
     database.migrate()
     with database.transaction() as tx:
         assert schedules.get(tx, "s") == found
+
+
+def test_keys_come_and_go_with_data(database: Database) -> None:
+    """Before 0005 nobody has a key; its way down leaves runs as they are, its way up begins without keys."""
+    rule = rule_of({"unique": True})
+    assert rule is not None
+    unique = Unique(key="k", rule=rule)
+    with database.transaction() as tx:
+        assert uniqueness.open_run(tx, new_run("a", unique=unique), NOW).is_new
+
+    database.migrate("0004")
+
+    assert "llmtasks_unique" not in tables(database)
+    database.migrate()
+    with database.transaction() as tx:
+        kept = runs.get(tx, "a")
+        assert kept is not None
+        assert kept.state is RunState.PENDING
+        assert uniqueness.open_run(tx, new_run("b", unique=unique), NOW).is_new
+        assert uniqueness.open_run(tx, new_run("c", unique=unique), NOW).run.id == "b"

@@ -63,6 +63,23 @@ async def policies() -> None: ...
 task_registry.register(name="wrong", overlap="queue")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 
 
+@task_registry.register(
+    name="unique",
+    unique=("doc_id", "language"),
+    unique_for=timedelta(hours=1),
+    unique_states=("pending", "queued"),
+    on_duplicate="refuse",
+)
+async def unique(doc_id: str, language: str) -> int:
+    return len(doc_id + language)
+
+
+task_registry.register(name="unique_all", unique=True, on_duplicate="replace")
+task_registry.register(name="unique_one", unique="doc_id", unique_for=60)
+task_registry.register(name="wrong", unique=True, on_duplicate="drop")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+task_registry.register(name="wrong", unique=True, unique_states=("failed",))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 async def handle_failure(run: Run, error: Exception) -> None:
     print(run.id, run.attempt, error)
 
@@ -80,6 +97,7 @@ async def sent() -> None:
     assert_type(configured.delay(1, y=2), "AsyncResult[float]")
     assert_type(bound.delay("1"), "AsyncResult[bytes]")
     assert_type(bound_sync.delay(), "AsyncResult[None]")
+    assert_type(unique.delay("1", language="en"), "AsyncResult[int]")
     assert_type(bare.name, str)
     (bare.s("1") | keywords.si("1")).apply_async()
 
