@@ -29,6 +29,13 @@ TASKS = """
         return sum(values) + 1
 
 
+    @task_registry.register(name="only", unique=True, max_retries=3, retry_delay=0)
+    async def only(name):
+        note(name, os.getpid())
+        await gate(name)
+        return name
+
+
     @task_registry.register(name="total", max_retries=0)
     def total(numbers):
         note("total", numbers)
@@ -86,6 +93,26 @@ def test_run_of_a_killed_worker_is_run_again(start_worker: Start, tasks: Any, le
     assert result.get(timeout=60) == 2
     run = ledger.ends(result.id)
     assert (run.state, run.attempts, run.losses, run.worker) == (RunState.SUCCEEDED, 2, 1, f"{rescuer.name}@test")
+
+
+def test_run_of_a_killed_worker_stays_unique(start_worker: Start, tasks: Any, ledger: Ledger) -> None:
+    """While nobody runs it, and in the next attempt: whoever asks gets the same run, until that has ended."""
+    victim = start_worker()
+    result = tasks["only"].delay("lonely")
+    ledger.notes("lonely", 1)
+
+    victim.kill()
+
+    assert tasks["only"].delay("lonely").id == result.id
+    start_worker()
+    ledger.notes("lonely", 2)
+    assert tasks["only"].delay("lonely").id == result.id
+    ledger.open_gate("lonely")
+    assert result.get(timeout=60) == "lonely"
+    assert ledger.ends(result.id).losses == 1
+    following = tasks["only"].delay("lonely")
+    assert following.id != result.id
+    assert following.get(timeout=60) == "lonely"
 
 
 def test_run_of_a_killed_child_is_run_again_at_once(start_worker: Start, tasks: Any, ledger: Ledger) -> None:
