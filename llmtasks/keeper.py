@@ -9,13 +9,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from llmtasks import sender
 from llmtasks.dispatch import Station, publish, relay_due
 from llmtasks.errors import DatabaseUnavailableError, LLMTasksError
-from llmtasks.store import outbox, processes, rescue, totals
+from llmtasks.store import outbox, processes, put_back, rescue, totals
 from llmtasks.store.forking import fork_gate
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,10 @@ PAUSE: Final = 0.5
 AWAY_PAUSE: Final = 1.0
 #: Seconds between two looks at what lasts long anyway.
 SLOW_PAUSE: Final = 10.0
+#: Between two rounds a clock that is adjusted gently goes wrong by less than this; more is a step.
+STEP: Final = timedelta(seconds=1)
+#: No stamp is older.
+_NEVER: Final = datetime(1, 1, 2, tzinfo=UTC)
 
 
 class Keeper:
@@ -40,6 +44,8 @@ class Keeper:
         #: Until then nobody is called lost: owners could not stamp while the database was away, or this host slept.
         self._trust_stamps_at = 0.0
         self._last_round = time.monotonic()
+        #: The database's clock and the monotonic one, read together in the last round.
+        self._clocks: tuple[datetime, float] | None = None
 
     def start(self) -> None:
         """Begin, in a thread of its own."""
@@ -62,12 +68,14 @@ class Keeper:
         """
         self._notice_gap()
         at, now = self._at, self._at.database.now()
-        silent_since = now - at.settings.lease_time
+        self._notice_step(now)
+        trusted = time.monotonic() >= self._trust_stamps_at
+        silent_since = now - at.settings.lease_time if trusted else _NEVER
         # Not only reading: on SQLite this waits as long as owners wait to write their stamps, and so learns of it.
         with at.database.transaction() as tx:
             work = rescue.work(tx, at.name, silent_since, now)
         moved = 0
-        if work.lost and time.monotonic() >= self._trust_stamps_at:
+        if work.lost:
             moved += self._rescue(silent_since, now)
         if work.retries:
             moved += self._moved(rescue.start_retries, now)
@@ -113,6 +121,35 @@ class Keeper:
         if now - self._last_round > self._at.settings.lease / 2:
             self._trust_stamps_at = now + self._at.settings.lease
         self._last_round = now
+
+    def _notice_step(self, now: datetime) -> None:
+        """After a step of the database's clock, or sleep of its host, all stamps are wrong until owners stamp again."""
+        at, monotonic = self._at, time.monotonic()
+        if self._clocks is None:  # it may have been put back while nobody looked
+            with at.database.reading() as connection:
+                expected = max(now, put_back.newest(connection, at.name) or now)
+        else:
+            expected = self._clocks[0] + timedelta(seconds=monotonic - self._clocks[1])
+        if abs(now - expected) > STEP:
+            self._trust_stamps_at = monotonic + at.settings.lease
+        if expected - now > STEP:
+            self._obey_put_back_clock(expected, now)
+        self._clocks = now, monotonic
+
+    def _obey_put_back_clock(self, before: datetime, now: datetime) -> None:
+        """Let nothing wait until the clock shows again what it showed before."""
+        at = self._at
+        with at.database.transaction() as tx:
+            patience = timedelta(seconds=at.settings.outbox_patience)
+            put_back.forget_the_lost_time(tx, at.name, before, patience, now)
+        after: str | None = ""
+        anew = 0
+        while after is not None:
+            with at.database.transaction() as tx:
+                after, begun = put_back.begin_grids_anew(tx, at.name, after, now)
+            anew += begun
+        seconds = (before - now).total_seconds()
+        logger.warning("the clock was put back by %.0f s: %d intervals begin a new grid", seconds, anew)
 
     def _await_stamps(self) -> None:
         """Whoever lives stamps within a heartbeat of the database's return, which a new keeper may have missed."""

@@ -45,7 +45,7 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
         function_slots=options.max_instances,
         owner=owner_of(),
         worker=request.hostname or "",
-        created_at=_sent_at(request, datetime.now(UTC)),
+        created_at=_sent_at(request),
     )
 
     def take() -> tuple[Claim | None, str | None]:
@@ -107,10 +107,10 @@ def _may_skip(tx: Any, claim: Claim) -> bool:
     return schedule is not None and schedule.is_periodic and not may_wait(schedule.options)
 
 
-def _sent_at(request: Any, now: datetime) -> datetime | None:
-    """When the run was sent by its sender's clock; never after now."""
+def _sent_at(request: Any) -> datetime | None:
+    """When the run was sent by its sender's clock."""
     sent = (request.headers or {}).get(sender.SENT_HEADER)
-    return min(now, datetime.fromtimestamp(sent, UTC)) if isinstance(sent, int | float) else None
+    return datetime.fromtimestamp(sent, UTC) if isinstance(sent, int | float) else None
 
 
 def _as_uuid(text: str) -> uuid.UUID:

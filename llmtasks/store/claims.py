@@ -184,7 +184,7 @@ def claim_slotless(lone: Lone, offer: Offer, now: datetime, silent_since: dateti
 
 def _values(offer: Offer, now: datetime, silent_since: datetime) -> dict[str, Any]:
     values = {name: getattr(offer, name) for name in Offer.__dataclass_fields__}
-    values["created_at"] = offer.created_at or now
+    values["created_at"] = min(offer.created_at or now, now)  # senders' clocks may be ahead
     return values | {"now": now, "silent_since": silent_since}
 
 
