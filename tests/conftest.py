@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import celery._state
 import pytest
@@ -110,7 +111,7 @@ def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Post
         do_without(absent)
 
 
-def do_without(absent: ServerUnavailable) -> None:
+def do_without(absent: ServerUnavailable | str) -> NoReturn:
     """Skip here, where a developer may lack a service; fail in CI, where a skip would hide it."""
     if IN_CI:
         pytest.fail(f"absent in CI: {absent}")

@@ -103,28 +103,32 @@ class Project:
         imports = [name for name in self.environ["LLMTASKS_IMPORTS"].split(",") if name and name != module]
         self.environ["LLMTASKS_IMPORTS"] = ",".join([*imports, module])
 
-    def celery(self, *arguments: str, ready: str, name: str) -> CeleryProcess:
-        """Start ``celery`` with ``arguments`` and wait until it logs ``ready``."""
+    def celery(self, *arguments: str, ready: str, name: str, wait: bool = True) -> CeleryProcess:
+        """Start ``celery`` with ``arguments`` and wait until it logs ``ready``, or leave that to the caller."""
         argv = [sys.executable, "-m", "celery", *arguments]
         log = self.folder / f"{name}.log"
         process = CeleryProcess(argv, name=name, log=log, cwd=self.folder, environ=self.environ)
         process.ready = ready
         self._processes.append(process)
-        process.wait_until_ready()
+        if wait:
+            process.wait_until_ready()
         return process
 
-    def worker(self, *arguments: str, concurrency: int = 2, pool: str | None = None) -> CeleryProcess:
+    def worker(
+        self, *arguments: str, concurrency: int = 2, pool: str | None = None, wait: bool = True
+    ) -> CeleryProcess:
         """Start ``celery worker``, named ``worker-1@test`` and so on, and wait until it consumes."""
         name = self._next_name("worker")
         pools = [] if pool is None else ["-P", pool]
         # Gossip and mingle let workers hear of each other, which costs a second at start.
         quick = ["--without-gossip", "--without-mingle"]
         options = ["-l", "INFO", "-n", f"{name}@test", "-c", str(concurrency), *pools, *quick]
-        return self.celery("worker", *options, *arguments, ready=f"{name}@test ready.", name=name)
+        return self.celery("worker", *options, *arguments, ready=f"{name}@test ready.", name=name, wait=wait)
 
-    def beat(self, *arguments: str) -> CeleryProcess:
+    def beat(self, *arguments: str, wait: bool = True) -> CeleryProcess:
         """Start ``celery beat``."""
-        return self.celery("beat", "-l", "INFO", *arguments, ready="beat: Starting...", name=self._next_name("beat"))
+        name = self._next_name("beat")
+        return self.celery("beat", "-l", "INFO", *arguments, ready="beat: Starting...", name=name, wait=wait)
 
     def flower(self, *arguments: str, port: int | None = None) -> CeleryProcess:
         """Start ``celery flower`` on a loopback port; its ``url`` says where."""

@@ -80,7 +80,7 @@ def test_message_that_was_due_or_reserved_is_due(database: Database, seconds: fl
 
 
 def test_message_that_was_asked_for_after_the_step_keeps_its_time(database: Database) -> None:
-    """Keepers that start within the hour find the clock put back once more; what was made since is not the lost time."""
+    """Keepers that start within the hour find the clock put back once more; what was made since is not touched."""
     with database.transaction() as tx:
         from llmtasks.store import outbox, runs
 
