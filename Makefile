@@ -7,12 +7,19 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/.installed-run
 DEV = $(VENV)/.installed-dev
 
-.PHONY: help run test test-pythons check format lint types layers lengths clean
+# For make soak and make soak-outage; an empty SEED draws one and prints it.
+SECONDS =
+SEED =
+DATABASE = sqlite
+
+.PHONY: help run test test-pythons soak soak-outage check format lint types layers lengths clean
 
 help:
 	@echo "make run            broker, worker, beat and dashboard with the example application; Ctrl-C stops all"
 	@echo "make test           all tests (PYTEST_ARGS='tests/unit -k cron' for some)"
 	@echo "make test-pythons   the tests without servers on every other supported Python found here"
+	@echo "make soak           kills processes under load for 3 minutes and counts (SECONDS=, SEED=, DATABASE=postgresql)"
+	@echo "make soak-outage    broker and database away for 5 minutes (SECONDS=)"
 	@echo "make check          format, lint, types, layers, lengths"
 	@echo "make format         formats the code and fixes what the linter can fix"
 	@echo "make clean          removes .venv, caches and builds; keeps the data of 'make run' in .llmtasks"
@@ -25,6 +32,12 @@ test: $(DEV)
 
 test-pythons:
 	@sh .ci/test-pythons
+
+soak: $(DEV)
+	$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),180) $(if $(SEED),--seed $(SEED)) --database $(DATABASE)
+
+soak-outage: $(DEV)
+	OUTAGE_SECONDS=$(or $(SECONDS),300) $(BIN)/python -m pytest tests/faults/test_outage.py $(PYTEST_ARGS)
 
 check: lint types layers lengths
 

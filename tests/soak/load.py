@@ -41,7 +41,7 @@ class Load:
         self._stored: Task | None = None
         self._ways: dict[str, Callable[[Step], None]] = {
             "delay": lambda step: self._send("quick", step.number),
-            "slow": lambda step: self._send("slow", step.seconds),
+            "slow": lambda step: self._send("slow", step.seconds * 3),
             "retries": lambda step: self._send("shaky", step.number % 3 + 1),
             "pair": lambda step: self._send("pair", step.seconds / 4),
             "single": lambda step: self._send("single", step.seconds / 4),
