@@ -463,3 +463,14 @@ def test_wrong_input_fails_as_the_table_says(workshop: Workshop) -> None:
         assert kind == f"`{found}`", f"{source}: {found}: {said}"
         pattern = re.escape(message).replace(re.escape("(...)"), r"\(.+?\)")
         assert re.fullmatch(pattern, said), f"{source}: {said}"
+
+
+@BOTH
+def test_tests_that_prove_the_promises_are_there(readme: Path) -> None:
+    """Each promise names a test that proves it, by its file and its name, and there is such a test."""
+    rows = re.findall(r"^\| (\d+) \| (.*`tests/.*) \|$", readme.read_text("utf-8"), re.MULTILINE)
+    promises = re.findall(r"^(\d+)\. \*\*", readme.read_text("utf-8"), re.MULTILINE)
+
+    assert [number for number, _ in rows] == promises
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", "".join(tests for _, tests in rows)):
+        assert f"def {name}(" in (ROOT / file).read_text("utf-8"), f"{file}::{name}"
