@@ -55,6 +55,12 @@ def test_claim_of_an_opened_run_keeps_its_arguments(database: Database) -> None:
     assert (claim.claim_no, claim.created_at, row.started_at) == (1, NOW, later(2))
 
 
+def test_sender_whose_clock_is_ahead_does_not_date_a_run_after_its_start(database: Database) -> None:
+    """The database's clock counts; what was sent before is as old as its sender says."""
+    assert held(database, "ahead", created_at=later(300)).created_at == NOW
+    assert held(database, "behind", created_at=later(-300)).created_at == later(-300)
+
+
 @pytest.mark.parametrize("state", [RunState.PENDING, RunState.QUEUED])
 def test_unstarted_run_is_claimed_once(database: Database, state: RunState) -> None:
     """A second copy of its message is refused while it runs."""
