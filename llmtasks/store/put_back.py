@@ -58,9 +58,7 @@ def forget_the_lost_time(tx: Connection, app: str, before: datetime, patience: t
     )
     for run_id in tx.execute(owed).scalars().all():
         tx.execute(update(outbox).where(outbox.c.run_id == run_id).values(available_at=now))
-    tx.execute(
-        update(processes).where(processes.c.app == app, processes.c.heartbeat_at > now).values(heartbeat_at=now)
-    )
+    tx.execute(update(processes).where(processes.c.app == app, processes.c.heartbeat_at > now).values(heartbeat_at=now))
 
 
 def begin_grids_anew(tx: Connection, app: str, after: str, now: datetime) -> tuple[str | None, int]:
