@@ -13,7 +13,7 @@ from tests.clocks import Clock, library
 from tests.conftest import do_without
 from tests.ledger import QUICK, Ledger, project_with
 from tests.processes import CeleryProcess, Project
-from tests.servers import PostgreSQL, Valkey
+from tests.servers import PostgreSQL, valkey
 from tests.waiting import wait_until
 
 TASKS = """
@@ -51,6 +51,20 @@ def new_clock(tmp_path: Path) -> Callable[[str], Clock]:
 def project(tmp_path: Path) -> Iterator[Project]:
     with project_with(tmp_path, TASKS, **LEASES) as project:
         yield project
+
+
+@pytest.fixture
+def project_on_postgresql(tmp_path: Path, postgresql_server: PostgreSQL) -> Iterator[Project]:
+    with valkey(tmp_path / "broker", unix=True) as broker:
+        url = postgresql_server.create_database("clocks")
+        project = Project(tmp_path / "project", broker=broker, database_url=url)
+        project.environ.update(LEASES)
+        project.tasks(TASKS)
+        project.python("from llmtasks.dispatch import station; station().database.migrate()")
+        try:
+            yield project
+        finally:
+            project.close()
 
 
 def ticks(ledger: Ledger) -> list[Run]:
@@ -118,53 +132,43 @@ def check_instants(ledger: Ledger, processes: list[CeleryProcess]) -> None:
 
 
 @pytest.mark.postgresql
-def test_clocks_that_are_minutes_apart(
-    tmp_path: Path, new_clock: Callable[[str], Clock], postgresql_server: PostgreSQL, valkey_server: Valkey
-) -> None:
+def test_clocks_that_are_minutes_apart(project_on_postgresql: Project, new_clock: Callable[[str], Clock]) -> None:
     """One host five minutes behind, one ahead: PostgreSQL's clock counts, for schedules, heartbeats and one-offs."""
-    project = Project(
-        tmp_path / "project", broker=valkey_server, database_url=postgresql_server.create_database("clocks")
-    )
-    try:
-        project.environ.update(LEASES)
-        project.tasks(TASKS)
-        project.python("from llmtasks.dispatch import station; station().database.migrate()")
-        processes: list[CeleryProcess] = []
-        for name, seconds, start in (
-            ("behind", -300, project.worker),
-            ("ahead", 300, project.worker),
-            ("beat ahead", 300, project.beat),
-            ("beat behind", -300, project.beat),
-        ):
-            clock = new_clock(name)
-            clock.put(seconds)
-            clock.give_to(project)
-            processes.append(start())
-        ledger = Ledger(project)
-        tasks: Any = project.app.tasks
-        running = [tasks["passes"].delay(f"long {number}") for number in range(2)]
-        for number in range(2):
-            ledger.notes(f"long {number}", 1)
-        goes_on_at(ledger, 0)
-        at = datetime.now(UTC) + timedelta(seconds=2)
-        once = Task(func_name="passes", params={"name": "once"}, scheduled_at=at).save_sync()
+    project = project_on_postgresql
+    processes: list[CeleryProcess] = []
+    for name, seconds, start in (
+        ("behind", -300, project.worker),
+        ("ahead", 300, project.worker),
+        ("beat ahead", 300, project.beat),
+        ("beat behind", -300, project.beat),
+    ):
+        clock = new_clock(name)
+        clock.put(seconds)
+        clock.give_to(project)
+        processes.append(start())
+    ledger = Ledger(project)
+    tasks: Any = project.app.tasks
+    running = [tasks["passes"].delay(f"long {number}") for number in range(2)]
+    for number in range(2):
+        ledger.notes(f"long {number}", 1)
+    goes_on_at(ledger, 0)
+    at = datetime.now(UTC) + timedelta(seconds=2)
+    once = Task(func_name="passes", params={"name": "once"}, scheduled_at=at).save_sync()
 
-        ledger.notes("once", 1)
-        late = datetime.now(UTC) - at
-        for name in ("long 0", "long 1", "once"):
-            ledger.open_gate(name)
+    ledger.notes("once", 1)
+    late = datetime.now(UTC) - at
+    for name in ("long 0", "long 1", "once"):
+        ledger.open_gate(name)
 
-        assert timedelta() <= late < timedelta(seconds=20)
-        (of_once,) = [run for run in ledger.all("passes") if run.schedule_id == once.id]
-        assert ledger.ends(of_once.id).stands_for == 1
-        for result in running:
-            assert result.get(timeout=60) == "done"
-            run = ledger.ends(result.id)
-            assert (run.attempts, run.losses) == (1, 0)
-            assert run.started_at is not None
-            assert run.created_at <= run.started_at
-            assert abs(datetime.now(UTC) - run.created_at) < timedelta(minutes=2)
-        assert max(run.stands_for for run in ticks(ledger)) < 60  # more than one is a slow machine, not a clock
-        check_instants(ledger, processes)
-    finally:
-        project.close()
+    assert timedelta() <= late < timedelta(seconds=20)
+    (of_once,) = [run for run in ledger.all("passes") if run.schedule_id == once.id]
+    assert ledger.ends(of_once.id).stands_for == 1
+    for result in running:
+        assert result.get(timeout=60) == "done"
+        run = ledger.ends(result.id)
+        assert (run.attempts, run.losses) == (1, 0)
+        assert run.started_at is not None
+        assert run.created_at <= run.started_at
+        assert abs(datetime.now(UTC) - run.created_at) < timedelta(minutes=2)
+    assert max(run.stands_for for run in ticks(ledger)) < 60  # more than one is a slow machine, not a clock
+    check_instants(ledger, processes)
