@@ -45,6 +45,7 @@ class Load:
             "retries": lambda step: self._send("shaky", step.number % 3 + 1),
             "pair": lambda step: self._send("pair", step.seconds / 4),
             "single": lambda step: self._send("single", step.seconds / 4),
+            "unique": self._unique,
             "cancel": self._cancel,
             "one-off": self._one_off,
             "execute_now": self._execute_now,
@@ -69,6 +70,10 @@ class Load:
         run_id: str = self._tasks[name].apply_async(args, task_id=str(uuid.uuid4())).id
         self.asked.runs.add(run_id)
         return run_id
+
+    def _unique(self, step: Step) -> None:
+        # Often the run that is there already.
+        self.asked.runs.add(self._tasks["unique"].delay("the same", step.seconds / 2).id)
 
     def _cancel(self, step: Step) -> None:
         run_id = self._send("slow", step.seconds * 4)

@@ -20,12 +20,12 @@ LOADS = {
     "retries": 8,
     "pair": 10,
     "single": 6,
+    "unique": 8,
     "cancel": 6,
     "one-off": 6,
     "execute_now": 6,
     "chord": 4,
     "chain": 4,
-    # A function with ``unique=`` belongs here, in tests/soak/tasks.py and in load.py.
 }
 #: Seconds between two acts, between two loads.
 ACT_EVERY = (0.5, 4.0)

@@ -12,8 +12,8 @@ from llmtasks import task_registry
 
 #: Below the project's folder.
 TRACE = "calls.jsonl"
-#: How many calls of a function may run at once.
-LIMITS = {"pair": 2, "single": 1}
+#: How many calls of a function may run at once; of a unique one with the same arguments.
+LIMITS = {"pair": 2, "single": 1, "unique": 1}
 #: Kills count as attempts, and many may hit one run.
 PATIENT: dict[str, Any] = {"bind": True, "max_retries": 50, "retry_delay": 0.2}
 
@@ -66,6 +66,12 @@ def pair(self: Any, seconds: float) -> None:
 
 @task_registry.register(name="single", max_instances=LIMITS["single"], **PATIENT)
 async def single(self: Any, seconds: float) -> None:
+    with call(self):
+        await asyncio.sleep(seconds)
+
+
+@task_registry.register(name="unique", unique="subject", **PATIENT)
+async def unique(self: Any, subject: str, seconds: float) -> None:
     with call(self):
         await asyncio.sleep(seconds)
 
