@@ -34,6 +34,7 @@ worker_pool = os.environ.get("LLMTASKS_POOL", "prefork")
 worker_prefetch_multiplier = 1
 worker_send_task_events = True
 task_send_sent_event = True
+# Quorum queues of RabbitMQ (task_default_queue_type = "quorum") need None here: they have no such priorities.
 task_queue_max_priority = 9
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None

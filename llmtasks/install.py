@@ -11,6 +11,7 @@ from kombu import transport as transports
 # Connects the receivers before a worker forks.
 import llmtasks.worker.signals  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from llmtasks.dispatch import station
+from llmtasks.rabbitmq_options import declares_quorum
 from llmtasks.redis_options import transport_options
 from llmtasks.registry import task_registry
 from llmtasks.settings import TaskDefaults, read, redis_transport
@@ -69,6 +70,8 @@ def _complete(sender: Any, source: Any, **_: object) -> None:
         ours["broker_url"] = settings.broker_url
         if not source.result_backend:
             ours["result_backend"] = settings.result_url
+    if declares_quorum(source):
+        del ours["task_queue_max_priority"]
     if source.get("TASK_CONFIG"):
         ours["worker_concurrency"] = TaskDefaults.read(source["TASK_CONFIG"]).concurrency
     for settings_in_order in (source.maps, source.defaults):

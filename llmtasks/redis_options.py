@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from llmtasks.rabbitmq_options import RABBITMQ_OPTIONS, is_rabbitmq
+
 #: ``llmtasks+redis://host`` means our Redis transport whatever the settings say.
 EXPLICIT: Final = "llmtasks"
 #: Priorities that Redis keeps apart; kombu's own four steps would lose the order of the others.
@@ -27,7 +29,7 @@ REDIS_OPTIONS: Final[dict[str, dict[str, Any]]] = {
 
 
 def transport_options(broker_url: str, transport: str) -> dict[str, Any]:
-    """Celery's ``broker_transport_options`` for a broker; none unless it is Redis.
+    """Celery's ``broker_transport_options`` for a broker; none unless it is Redis or RabbitMQ.
 
     Args:
         broker_url: Celery's broker.
@@ -36,7 +38,7 @@ def transport_options(broker_url: str, transport: str) -> dict[str, Any]:
     if needs_stock(broker_url):
         transport = "stock"
     elif not is_redis(broker_url):
-        return {}
+        return dict(RABBITMQ_OPTIONS) if is_rabbitmq(broker_url) else {}
     return dict(REDIS_OPTIONS[transport])
 
 

@@ -133,12 +133,15 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
         """Send a run, as Celery does. ``priority`` is 1 (first) to 10; a delay over 5 s is kept in the database.
 
         A run of a unique function is in the database before it is sent: where it would be a duplicate, the handle
-        returned is that of the run that is there.
+        returned is that of the run that is there. So is, with RabbitMQ, a run that expires, and with quorum queues any
+        delay.
 
         Raises:
             InvalidOptionError: An option has a value that it cannot have.
             InvalidParamsError: The arguments do not fit the function, or JSON cannot carry them.
             DuplicateRunError: The function is unique and refuses a second run.
+            ConfigurationError: The broker has no such queue, or has it with other arguments.
+            BrokerUnavailableError: The broker does not answer.
         """
         if options.get("serializer", "json") != "json":
             raise InvalidOptionError(
@@ -151,12 +154,13 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             check_whole("priority", priority, 1, 10)
         if not self.app.conf.task_always_eager:
             delay = self._delay(options.get("countdown"), options.get("eta"))
-            if delay > BROKER_DELAY or self.options.unique:
+            if self._is_kept(delay, options.get("expires", self.expires)):
                 self._check_arguments(args, kwargs, None)
                 named = {**options, "link": link, "link_error": link_error, "shadow": shadow}
                 kept = accepting.keep(self, args, kwargs, task_id, delay, priority, **named)
                 if kept is not None:
                     return kept
+        options = {**sender.publish_options(self.app), **options}
         options["priority"] = sender.native_priority(self.app, priority)
         options["headers"] = {**(options.get("headers") or {}), sender.SENT_HEADER: time.time()}
         if self.options.queue is not None and not {"queue", "exchange", "routing_key"} & set(options):
@@ -167,7 +171,7 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             self._check_json(args, kwargs)
             raise
         except sender.gone(self.app) as error:
-            raise self._outage(error) from error
+            raise sender.refusal(self.app, error) or self._outage(error) from error
         except RuntimeError as error:
             # What the Redis result backend makes of a connection error (backends/asynchronous.py:390).
             if isinstance(error.__cause__, sender.gone(self.app)):
@@ -207,6 +211,12 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
         """
         away = sender.outage(self.app, error)
         return BrokerUnavailableError(str(away)) if attempt.is_telling() else away
+
+    def _is_kept(self, delay: float, expires: Any) -> bool:
+        """Whether the database has to keep the run: until its time, or because the broker would drop it in silence."""
+        if self.options.unique or delay > BROKER_DELAY or (delay > 0 and not sender.broker_can_wait(self.app)):
+            return True
+        return expires is not None and not sender.broker_tells_expiry(self.app)
 
     def _delay(self, countdown: Any, eta: Any) -> float:
         check_number("countdown", countdown)

@@ -34,6 +34,13 @@ from llmtasks.sender.publishing import (
     queue_length,
     revoke,
 )
+from llmtasks.sender.rabbitmq import (
+    broker_can_wait,
+    broker_tells_expiry,
+    is_rabbitmq_transport,
+    publish_options,
+    refusal,
+)
 
 __all__ = [
     "DELIVER_HEADER",
@@ -43,6 +50,8 @@ __all__ = [
     "absolute",
     "answering",
     "backend_exception",
+    "broker_can_wait",
+    "broker_tells_expiry",
     "celery_state",
     "celery_state_soon",
     "consumed_queues",
@@ -53,6 +62,7 @@ __all__ = [
     "gone",
     "ignores_result",
     "is_handed",
+    "is_rabbitmq_transport",
     "loads",
     "lost_failure",
     "missing_socket_advice",
@@ -60,9 +70,11 @@ __all__ = [
     "outage",
     "pickle_settings",
     "publish",
+    "publish_options",
     "queue_length",
     "queue_of",
     "redis_server",
+    "refusal",
     "revoke",
     "settings_of",
     "stock_visibility",

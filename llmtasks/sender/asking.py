@@ -13,6 +13,7 @@ import celery
 
 from llmtasks.errors import BrokerUnavailableError
 from llmtasks.sender.publishing import CONNECT_TIMEOUT, celery_state, gone, outage
+from llmtasks.sender.rabbitmq import is_rabbitmq_transport
 
 #: Seconds that a Redis server or a result backend may take for one answer.
 ANSWER_TIMEOUT: Final = 5
@@ -47,6 +48,8 @@ def answering(app: celery.Celery) -> Generator[Any]:
     options: dict[str, Any] = {}
     if is_redis_transport(app):
         options = {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_timeout": ANSWER_TIMEOUT}
+    elif is_rabbitmq_transport(app):
+        options = {"read_timeout": ANSWER_TIMEOUT, "write_timeout": ANSWER_TIMEOUT}
     away: tuple[type[Exception], ...] = (*gone(app), OSError)
     with app.connection_for_write(transport_options=options) as connection:
         try:

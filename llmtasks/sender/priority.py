@@ -23,7 +23,7 @@ _said: set[str] = set()
 def native_priority(app: celery.Celery, priority: int | None) -> int | None:
     """A priority of 1 (first) to 10 as the app's transport counts; None where it has none, which is said once."""
     priority = DEFAULT_PRIORITY if priority is None else priority
-    transport = _transport(app)
+    transport = driver_type(app)
     if transport in _LOW_FIRST:
         return priority - 1
     if transport in _HIGH_FIRST:
@@ -36,19 +36,20 @@ def native_priority(app: celery.Celery, priority: int | None) -> int | None:
 
 def transport_without_priorities(app: celery.Celery) -> str | None:
     """The name of the app's transport where it has no priorities, else None."""
-    transport = _transport(app)
+    transport = driver_type(app)
     return None if transport in _LOW_FIRST | _HIGH_FIRST else transport
 
 
 def user_priority(app: celery.Celery, native: int | None) -> int:
     """A message's native priority as 1 (first) to 10."""
-    transport = _transport(app)
+    transport = driver_type(app)
     if native is None or transport not in _LOW_FIRST | _HIGH_FIRST:
         return DEFAULT_PRIORITY
     return min(10, max(1, native + 1 if transport in _LOW_FIRST else 10 - native))
 
 
-def _transport(app: celery.Celery) -> str:
+def driver_type(app: celery.Celery) -> str:
+    """The kind of broker that the app's transport speaks to, as kombu calls it, such as ``redis`` or ``amqp``."""
     driver = _transports.get(app)
     if driver is None:
         driver = _transports[app] = str(app.connection_for_write().get_transport_cls().driver_type)

@@ -17,20 +17,23 @@ from celery.canvas import signature
 from celery.exceptions import ImproperlyConfigured
 from kombu.exceptions import KombuError, OperationalError, SerializationError
 
-from llmtasks.errors import BrokerUnavailableError, UnavailableError
+from llmtasks.errors import BrokerUnavailableError, ConfigurationError, UnavailableError
 from llmtasks.message import Message
 from llmtasks.sender.advice import missing_socket_advice
 from llmtasks.sender.envelope import DELIVER_HEADER
 from llmtasks.sender.jsontext import dumps, loads
 from llmtasks.sender.priority import native_priority
+from llmtasks.sender.rabbitmq import abandon, publish_options, refusal
 
 #: Messages that one round trip to the broker carries at most.
 BATCH_SIZE: Final = 200
 #: Seconds that one attempt to reach the broker may take.
 CONNECT_TIMEOUT: Final = 3
 
-#: Errors of a message that will not go away: its queue is in no configuration, its parts do not fit.
-HOPELESS: Final = (SerializationError, LookupError, TypeError, ValueError, AttributeError, ImproperlyConfigured)
+#: Errors of a message that will not go away: its queue is in no configuration or refused, its parts do not fit.
+HOPELESS: Final = (
+    SerializationError, LookupError, TypeError, ValueError, AttributeError, ImproperlyConfigured, ConfigurationError,
+)  # fmt: skip
 
 #: What a chain hands on to the last of its tasks.
 _INHERITED: Final = frozenset({"chord", "group_id", "group_index", "root_id", "link_error"})
@@ -57,7 +60,8 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> dict[str, Except
     """
     held: WeakKeyDictionary[celery.Celery, _Connection] = _local.__dict__.setdefault("held", WeakKeyDictionary())
     mine = held.get(app)
-    if mine is None or mine.pid != os.getpid():
+    used = mine is not None and mine.pid == os.getpid()
+    if mine is None or not used:
         connection = app.connection_for_write()
         mine = held[app] = _Connection(os.getpid(), app.amqp.Producer(connection, auto_declare=False))
     producer = mine.producer
@@ -74,7 +78,9 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> dict[str, Except
     except gone as error:
         held.pop(app, None)
         with contextlib.suppress(Exception):  # what closing a broken connection raises differs among transports
-            producer.connection.release()
+            abandon(app, producer.connection)
+        if used:  # the broker may have closed a connection that waited: a new one tells
+            return publish(app, messages)
         if isinstance(error, BrokerUnavailableError):
             raise
         raise outage(app, error) from error
@@ -91,8 +97,12 @@ def _fault_of(
         return error
     except (UnavailableError, SoftTimeLimitExceeded, MemoryError):
         raise
-    except gone:
-        raise
+    except gone as error:
+        refused = refusal(app, error)
+        if refused is None:
+            raise
+        producer.revive(producer.connection.channel())  # RabbitMQ closed the other one
+        return refused
     except Exception as error:
         # What the Redis result backend makes of it (backends/asynchronous.py:390).
         if error.__cause__ is not None and isinstance(error.__cause__, gone):
@@ -151,8 +161,8 @@ def queue_length(app: celery.Celery, queue: str) -> int | None:
         try:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
             declared: Any = app.amqp.queues[queue].bind(connection.default_channel).queue_declare(passive=True)
-        except connection.channel_errors:
-            return 0
+        except connection.channel_errors as error:
+            return 0 if str(getattr(error, "reply_code", 404)) == "404" else None
         except gone as error:
             raise outage(app, error) from error
         except (NotImplementedError, LookupError):  # a queue in no configuration
@@ -230,6 +240,7 @@ def _publish_one(app: celery.Celery, producer: Any, message: Message) -> None:
         priority=native_priority(app, message.priority),
         serializer="json",
         retry=False,
+        **publish_options(app),
         **_route(app, message, envelope, task),
     )
 

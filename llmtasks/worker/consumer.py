@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from typing import Any, Final
@@ -9,6 +10,8 @@ from typing import Any, Final
 from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer
 from celery.worker.state import active_requests, maybe_shutdown
+
+from llmtasks import sender
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +21,23 @@ RETRY_EVERY: Final = 1.0
 
 class RunConsumer(Consumer):
     """Celery's consumer. ``worker_consumer`` names it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        celerys: Any = self
+        if sender.is_rabbitmq_transport(self.app):
+            # RabbitMQ closes a channel on which a run takes longer than its consumer_timeout, and Celery would end the
+            # worker (consumer.py:397). A new connection is all that is needed.
+            celerys.connection_errors = (*celerys.connection_errors, *celerys.channel_errors)
+
+    def add_task_queue(
+        self, queue: Any, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None, **options: Any
+    ) -> Any:
+        """Consume one more queue, of the kind that senders declare: Celery makes each unknown one a classic queue."""
+        if exchange is None and routing_key is None:
+            with contextlib.suppress(KeyError):  # the app makes no queues that it does not know
+                self.app.amqp.queues[queue]
+        return super().add_task_queue(queue, exchange, exchange_type, routing_key, **options)
 
     def ensure_connected(self, conn: Any) -> Any:
         """Reach the broker, however long that takes; say once that it is away. Whether to retry is Celery's setting."""
@@ -49,7 +69,13 @@ class RunConsumer(Consumer):
 
         Celery closes the connection here, and kombu's channel then returns what is fetched and not acknowledged, what
         runs included.
+
+        Raises:
+            ConfigurationError: It is no outage, RabbitMQ refuses a queue; this ends the worker.
         """
+        refused = sender.refusal(self.app, exc)
+        if refused is not None:
+            raise refused from exc
         channel: Any = getattr(getattr(self, "task_consumer", None), "channel", None)
         quality: Any = getattr(channel, "qos", None)
         if not hasattr(quality, "restore_at_shutdown"):  # not one of kombu's own transports

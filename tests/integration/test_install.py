@@ -23,6 +23,9 @@ CASES = {
     "options": "app = Celery('shop', broker='redis://own'); "
     "app.conf.broker_transport_options = {'visibility_timeout': 60, 'max_connections': 5}; install(app)",
     "rabbitmq": "app = Celery('shop', broker='amqp://own'); install(app)",
+    "quorum": "app = Celery('shop', broker='amqp://own'); app.conf.task_default_queue_type = 'quorum'; install(app)",
+    "quorum among others": "from kombu import Queue; app = Celery('shop', broker='amqp://own'); "
+    "app.conf.task_queues = [Queue('a'), Queue('b', queue_arguments={'x-queue-type': 'quorum'})]; install(app)",
     "task config": "app = Celery('shop', broker='redis://own'); "
     "app.conf.TASK_CONFIG = {'max_workers': 7}; install(app)",
 }
@@ -37,7 +40,7 @@ class Own:
 
 CASE
 names = ["broker_url", "result_backend", "beat_scheduler", "worker_prefetch_multiplier", "broker_transport_options",
-         "worker_concurrency", "task_acks_late", "task_serializer"]
+         "worker_concurrency", "task_acks_late", "task_serializer", "task_queue_max_priority"]
 print(json.dumps({name: getattr(app.conf, name) for name in names}))
 """
 
@@ -93,11 +96,19 @@ def test_installing_late_or_twice_is_the_same(settings: dict[str, dict[str, Any]
 
 
 def test_transport_options_are_added_to_the_apps_own(settings: dict[str, dict[str, Any]]) -> None:
-    """Its own win; no Redis options for another broker."""
+    """Its own win; RabbitMQ gets none of Redis, and confirms what it is sent."""
     own = settings["options"]["broker_transport_options"]
 
     assert own == {**REDIS_OPTIONS["llmtasks"], "visibility_timeout": 60, "max_connections": 5}
-    assert settings["rabbitmq"]["broker_transport_options"] == {}
+    assert settings["rabbitmq"]["broker_transport_options"] == {"confirm_publish": True}
+
+
+def test_quorum_queues_get_no_priorities(settings: dict[str, dict[str, Any]]) -> None:
+    """RabbitMQ refuses a quorum queue with ``x-max-priority``; every other app gets our ten."""
+    found = {case: of["task_queue_max_priority"] for case, of in settings.items()}
+
+    assert (found["quorum"], found["quorum among others"]) == (None, None)
+    assert found["rabbitmq"] == found["nothing set"] == 9
 
 
 def test_settings_of_plain_tasks_stay_as_they_are(settings: dict[str, dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llmtasks.errors import ConfigurationError, InvalidOptionError
+from llmtasks.rabbitmq_options import RABBITMQ_OPTIONS
 from llmtasks.redis_options import REDIS_OPTIONS, is_redis
 from llmtasks.settings import TaskDefaults, read, redis_transport, socket_path
 
@@ -199,14 +200,15 @@ def test_redis_transport_is_one_of_two() -> None:
         ("llmtasks+rediss://h", "llmtasks"),
         ("sentinel://h", "stock"),
         ("redis+cluster://h", "stock"),
-        ("amqp://h", None),
+        ("amqps://h", "rabbitmq"),
+        ("memory://", None),
     ],
 )
 def test_transport_options_follow_the_broker(broker: str, kind: str | None) -> None:
-    """Those of our transport, of stock kombu where only that will do, and none for anything but Redis."""
+    """Those of our transport, of stock kombu where only that will do, of RabbitMQ, and none for anything else."""
     found = read({}, {**URLS, "LLMTASKS_BROKER_URL": broker}).transport_options
 
-    assert found == (REDIS_OPTIONS[kind] if kind else {})
+    assert found == ({**REDIS_OPTIONS, "rabbitmq": RABBITMQ_OPTIONS}[kind] if kind else {})
 
 
 def test_valkey_is_written_as_redis() -> None:
