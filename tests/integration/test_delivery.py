@@ -404,19 +404,3 @@ def test_long_countdown_is_kept_in_the_database(project: Project, tasks: Any, le
     run = ledger.run(far.id)
     assert run is not None
     assert run.state is RunState.PENDING
-
-
-def test_smaller_priority_numbers_start_first(project: Project, tasks: Any, ledger: Ledger) -> None:
-    """In a backlog 1 runs before 10, and runs of the same priority keep their order."""
-    sent = [
-        tasks["mark"].apply_async(("order", priority), priority=priority, queue="aside-priority")
-        for priority in (10, 5, 1, 7, 3, 2, 9, 1, 4, 8, 6)
-    ]
-
-    project.app.control.add_consumer("aside-priority", reply=True)
-
-    for result in sent:
-        ledger.ends(result.id)
-    order = [int(line) for line in ledger.notes_now("order")]
-    assert order == sorted(order)
-    assert len(order) == 11
