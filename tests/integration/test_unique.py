@@ -83,6 +83,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A worker with room for all that waits at gates, whose lost runs are noticed soon."""
     with project_with(tmp_path_factory.mktemp("unique"), TASKS, **QUICK) as project:
         project.worker(pool="threads", concurrency=8)
+        assert "index" in project.app.tasks  # this process knows the functions, whichever test comes first
         yield project
 
 
