@@ -56,7 +56,15 @@ class Project:
         database_url: The SQLAlchemy URL of its schedules and ledger.
     """
 
-    def __init__(self, folder: Path, *, broker: Valkey, database_url: str, celeryconfig: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        broker: Valkey,
+        database_url: str,
+        celeryconfig: str | None = None,
+        python: str = sys.executable,
+    ) -> None:
         """Lay out the folder.
 
         Args:
@@ -64,11 +72,13 @@ class Project:
             broker: A server of its own, so that a test may kill it.
             database_url: SQLAlchemy URL.
             celeryconfig: Text of ``celeryconfig.py``; None copies the one at the top of the repository.
+            python: Runs its processes; another environment's for comparisons.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.broker = broker
         self.database_url = database_url
+        self._python = python
         self.environ = {
             **os.environ,
             "HOME": str(folder),
@@ -105,7 +115,7 @@ class Project:
 
     def celery(self, *arguments: str, ready: str, name: str, wait: bool = True) -> CeleryProcess:
         """Start ``celery`` with ``arguments`` and wait until it logs ``ready``, or leave that to the caller."""
-        argv = [sys.executable, "-m", "celery", *arguments]
+        argv = [self._python, "-m", "celery", *arguments]
         log = self.folder / f"{name}.log"
         process = CeleryProcess(argv, name=name, log=log, cwd=self.folder, environ=self.environ)
         process.ready = ready
@@ -150,7 +160,7 @@ class Project:
         Raises:
             AssertionError: It ended with an error; shows what it wrote.
         """
-        done = self.run([sys.executable, "-c", textwrap.dedent(code)], timeout=timeout)
+        done = self.run([self._python, "-c", textwrap.dedent(code)], timeout=timeout)
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
