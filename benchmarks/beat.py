@@ -3,112 +3,128 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
-import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import psutil
-from sqlalchemy import func, select
 
 from benchmarks import stage
+from benchmarks.arrivals import Arrivals
 from benchmarks.report import Benchmark, Figure, Report, at_least, below, median, percentile, run
-from llmtasks.store import schedules
-from llmtasks.store.database import Database
-from llmtasks.store.rows import runs
-from llmtasks.store.schedules import Schedule, trigger_columns
-from llmtasks.triggers import Interval
+from benchmarks.schedulers.ours import Ours
+from benchmarks.schedulers.scheduler import Planned, Scheduler
 from tests.processes import CeleryProcess, Project
-from tests.waiting import wait_until
 
 EVERY = timedelta(seconds=1)
 FAR = timedelta(days=30)
 #: Seconds after the first firing that are left out of the lateness: the first tick makes up for the time before it.
 SETTLE = 2.0
+#: Seconds in which a started beat has to send something, and in which a change has to work.
+BOUND = 60.0
 STARTING = "beat: Starting..."
-#: Rows of one transaction while the table is filled.
-SLICE = 5_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """One run of beat; times in seconds, lateness in milliseconds."""
+    """One run of beat; times in seconds, infinite beyond ``BOUND``; lateness in milliseconds."""
 
-    database: str
-    plain_starting: float
-    plain_megabytes: float
     starting: float
     start: float
-    due: int
-    without_flower: float
     fired: float
     missing: int
     lateness: list[float]
     cpu: float
     megabytes: float
+    #: Until a change by another process works; None where beat has to be restarted.
+    change: float | None
 
 
-def fill(database: Database, total: int, due: int) -> None:
-    """Store schedules a month away, then the ``due`` of every second, spread over it."""
-    now = datetime.now(UTC)
-    far = [_schedule(f"far {number}", FAR, now + FAR + timedelta(seconds=number)) for number in range(total - due)]
-    for begin in range(0, len(far), SLICE):
-        with database.transaction() as tx:
-            schedules.put_many(tx, far[begin : begin + SLICE], now)
+def planned(total: int, due: int) -> list[Planned]:
+    """Schedules a month away, then the ``due`` of every second, spread over it."""
     now = datetime.now(UTC).replace(microsecond=0)
-    with database.transaction() as tx:
-        often = [_schedule(f"often {number}", EVERY, now + EVERY * number / due) for number in range(due)]
-        schedules.put_many(tx, often, now)
+    far = [
+        Planned(name=f"far {number}", every=FAR, first=now + FAR + timedelta(seconds=number))
+        for number in range(total - due)
+    ]
+    return far + [
+        Planned(name=f"often {number}", every=EVERY, first=now + EVERY * number / due) for number in range(due)
+    ]
 
 
-def _schedule(name: str, every: timedelta, first: datetime) -> Schedule:
-    return Schedule(
-        id=str(uuid.uuid4()),
-        app=stage.APP,
-        name=name,
-        func_name="recorded",
-        # Nobody runs what is sent here: by any other policy the second instant would be skipped.
-        options={"overlap": "allow"},
-        next_run_at=first,
-        **trigger_columns(Interval(every, first)),
-    )
-
-
-def measure_one(kind: str, total: int, due: int, seconds: float, *, starts: int) -> Ran:
-    """One database: the start of a plain ``celery beat``, then ours for ``seconds``."""
-    with stage.project(kind) as project, stage.database_of(project) as database:
-        plain = [plain_start(project) for _ in range(starts)]
-        fill(database, total, due)
-        ours = [our_start(project, database)[:2] for _ in range(starts)]
-        starting, start, beat = our_start(project, database, keep=True)
-        ours.append((starting, start))
+def ran(scheduler: Scheduler, total: int, due: int, seconds: float, *, starts: int = 1) -> Ran:
+    """Write the schedules, start a beat so many times, let the last one run for ``seconds``, make a change."""
+    scheduler.plan(planned(total, due))
+    with Arrivals(scheduler.broker) as arrivals:
+        begun: list[tuple[float, float]] = []
+        for _ in range(starts - 1):
+            beat, *taken = started(scheduler, arrivals)
+            begun.append((taken[0], taken[1]))
+            beat.terminate()
+        beat, starting, start = started(scheduler, arrivals)
+        begun.append((starting, start))
         time.sleep(SETTLE)
         since, used = datetime.now(UTC), stage.cpu_seconds(beat)
         time.sleep(seconds)
         until, used = datetime.now(UTC), stage.cpu_seconds(beat) - used
         memory = megabytes(beat)
-        time.sleep(1.0)  # what was due at the end of the window may be published a little later
-        times = sent_times(database)
-        assert " ERROR" not in beat.log(), beat.tail()
+        time.sleep(1.0)  # what was due at the end of the window may be sent a little later
+        firings = scheduler.firings(arrivals.since(stage.started_at(beat)), EVERY)
+        written = scheduler.change("changed")
+        change = None if written is None else seconds_until(arrivals, written, "changed")
         beat.terminate()
-        without_flower = memory_without_flower(project)
     span = (until - since).total_seconds()
-    inside = [(due_at, sent) for due_at, sent in times if since <= due_at < until]
     return Ran(
-        database=kind,
-        plain_starting=median(item[0] for item in plain),
-        plain_megabytes=median(item[1] for item in plain),
-        starting=median(item[0] for item in ours),
-        start=median(item[1] for item in ours),
-        due=due,
-        fired=sum(since <= sent < until for _, sent in times) / span,
-        missing=max(0, int(due * span) - len(inside)),
-        lateness=[(sent - due_at).total_seconds() * 1000 for due_at, sent in inside],
+        starting=median(item[0] for item in begun),
+        start=median(item[1] for item in begun),
+        fired=sum(item.at < until for item in arrivals.since(since)) / span,
+        missing=max(0, int(due * span) - sum(since <= item.instant < until for item in firings)),
+        lateness=[(item.at - item.instant).total_seconds() * 1000 for item in firings if since <= item.at < until],
         cpu=100 * used / span,
         megabytes=memory,
-        without_flower=without_flower,
+        change=change,
     )
+
+
+def started(scheduler: Scheduler, arrivals: Arrivals) -> tuple[CeleryProcess, float, float]:
+    """A beat with schedules that are due, its seconds to the line that says so and to its first message."""
+    beat = scheduler.beat()
+    began = stage.started_at(beat)
+    first = seconds_until(arrivals, began)
+    return beat, (stage.logged_at(beat, STARTING) - began).total_seconds(), first
+
+
+def seconds_until(arrivals: Arrivals, since: datetime, name: str | None = None) -> float:
+    """Seconds from then to the first message, or to the first of this schedule; infinite beyond ``BOUND``."""
+    over = time.monotonic() + BOUND
+    while time.monotonic() < over:
+        for item in arrivals.since(since - EVERY):
+            if (name is None and item.at >= since) or item.name == name:
+                return max(0.0, (item.at - since).total_seconds())
+        time.sleep(0.02)
+    return math.inf
+
+
+def measure_one(kind: str, total: int, due: int, seconds: float, *, starts: int) -> list[Figure]:
+    """One database: the start of a plain ``celery beat``, then ours, against the targets."""
+    with Ours(kind, careful=False) as scheduler:
+        plain = [plain_start(scheduler.project) for _ in range(starts)]
+        found = ran(scheduler, total, due, seconds, starts=starts + 1)
+        without_flower = memory_without_flower(scheduler.project)
+    plain_starting, plain_megabytes = (median(values) for values in zip(*plain, strict=True))
+    p50, p99 = (percentile(found.lateness, share) for share in (0.5, 0.99))
+    late = f"p50 {p50:.0f} ms, max {max(found.lateness, default=0):.0f} ms of {len(found.lateness):,} runs"
+    fired = f"{found.fired:.1f} of {due} a second, {found.missing} instants without a run of their own"
+    start = f"'Starting' logged after {found.starting:.2f} s; plain celery beat's after {plain_starting:.2f} s"
+    memory = f"{without_flower:.1f} where Flower is not installed; plain celery beat {plain_megabytes:.1f} MB"
+    return [
+        at_least(0.99, f"{kind}: fired / due", found.fired / due, "", fired),
+        below(100, f"{kind}: lateness p99", p99, "ms", late),
+        below(1, f"{kind}: process start to first run sent", found.start, "s", start),
+        below(80, f"{kind}: RSS", found.megabytes, "MB", memory),
+        Figure(name=f"{kind}: CPU", value=found.cpu, unit="% of a core"),
+    ]
 
 
 def plain_start(project: Project) -> tuple[float, float]:
@@ -136,50 +152,6 @@ def megabytes(beat: CeleryProcess) -> float:
     return float(psutil.Process(beat.pid).memory_info().rss) / 1e6
 
 
-def our_start(project: Project, database: Database, *, keep: bool = False) -> tuple[float, float, CeleryProcess]:
-    """Our beat with schedules that are due: seconds to its line and to its first message, and its process."""
-    beat: CeleryProcess = project.beat()
-    began = stage.started_at(beat)
-    first = wait_until(lambda: first_published(database, began), 60, "the first run")
-    starting = stage.logged_at(beat, STARTING)
-    if not keep:
-        beat.terminate()
-    return (starting - began).total_seconds(), (first - began).total_seconds(), beat
-
-
-def first_published(database: Database, since: datetime) -> datetime | None:
-    """When the broker had the first message since then."""
-    query = select(func.min(runs.c.published_at)).where(runs.c.published_at > since)
-    with database.reading() as connection:
-        found: datetime | None = connection.execute(query).scalar()
-        return found
-
-
-def sent_times(database: Database) -> Sequence[tuple[datetime, datetime]]:
-    """The instant and the time of publishing of each run, one of several missed instants left out."""
-    query = select(runs.c.scheduled_for, runs.c.published_at).where(
-        runs.c.published_at.is_not(None), runs.c.func_name == "recorded", runs.c.stands_for == 1
-    )
-    with database.reading() as connection:
-        return [(row.scheduled_for, row.published_at) for row in connection.execute(query)]
-
-
-def figures_of(ran: Ran) -> list[Figure]:
-    """What one run of beat says, against the targets."""
-    p50, p99 = (percentile(ran.lateness, share) for share in (0.5, 0.99))
-    late = f"p50 {p50:.0f} ms, max {max(ran.lateness, default=0):.0f} ms of {len(ran.lateness):,} runs"
-    fired = f"{ran.fired:.1f} of {ran.due} a second, {ran.missing} instants without a run of their own"
-    start = f"'Starting' logged after {ran.starting:.2f} s; plain celery beat's after {ran.plain_starting:.2f} s"
-    memory = f"{ran.without_flower:.1f} where Flower is not installed; plain celery beat {ran.plain_megabytes:.1f} MB"
-    return [
-        at_least(0.99, f"{ran.database}: fired / due", ran.fired / ran.due, "", fired),
-        below(100, f"{ran.database}: lateness p99", p99, "ms", late),
-        below(1, f"{ran.database}: process start to first run sent", ran.start, "s", start),
-        below(80, f"{ran.database}: RSS", ran.megabytes, "MB", memory),
-        Figure(name=f"{ran.database}: CPU", value=ran.cpu, unit="% of a core"),
-    ]
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Its own options."""
     parser.add_argument("--schedules", type=int, help="rows in the table (100,000)")
@@ -195,7 +167,7 @@ def measure(options: argparse.Namespace) -> Report:
     seconds = options.seconds or (3.0 if options.quick else 30.0)
     figures: list[Figure] = []
     for kind in options.database or stage.DATABASES:
-        figures += figures_of(measure_one(kind, total, due, seconds, starts=1 if options.quick else 3))
+        figures += measure_one(kind, total, due, seconds, starts=1 if options.quick else 3)
     return Report(
         name="beat",
         about=(

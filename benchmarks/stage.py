@@ -18,7 +18,7 @@ import psutil
 from llmtasks.store.database import Database
 from tests.children import ChildProcess
 from tests.processes import Project
-from tests.servers import postgresql, valkey
+from tests.servers import PostgreSQL, Valkey, postgresql, valkey
 
 DATABASES = ("sqlite", "postgresql")
 APP = "benchmarks"
@@ -58,18 +58,31 @@ def project(database: str = "sqlite") -> Iterator[Project]:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtasks-benchmark-", ignore_cleanup_errors=True))
         )
         broker = stack.enter_context(valkey(folder / "valkey", unix=True))
-        if database == "sqlite":
-            url = f"sqlite:///{folder / 'llmtasks.db'}"
-        else:
-            url = stack.enter_context(postgresql(folder)).create_database()
-        opened = Database(url)
-        opened.migrate()
-        opened.close()
-        made = Project(folder / "project", broker=broker, database_url=url)
+        url, _ = stack.enter_context(database_in(folder, database))
+        made = project_on(folder, broker, url)
         stack.callback(made.close)
-        made.environ["LLMTASKS_APP"] = APP
-        made.tasks(TASKS)
         yield made
+
+
+@contextmanager
+def database_in(folder: Path, database: str) -> Iterator[tuple[str, PostgreSQL | None]]:
+    """The URL of an empty database, and the private server that holds it, if one does."""
+    if database == "sqlite":
+        yield f"sqlite:///{folder / 'database.db'}", None
+        return
+    with postgresql(folder) as server:
+        yield server.create_database(), server
+
+
+def project_on(folder: Path, broker: Valkey, url: str) -> Project:
+    """A project with the functions above; its database is migrated. The caller closes it."""
+    opened = Database(url)
+    opened.migrate()
+    opened.close()
+    made = Project(folder / "project", broker=broker, database_url=url)
+    made.environ["LLMTASKS_APP"] = APP
+    made.tasks(TASKS)
+    return made
 
 
 @contextmanager

@@ -1,0 +1,65 @@
+"""``python -m benchmarks.peers``: the environments of other schedulers, each with its own pinned packages."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+#: Git ignores it; delete a folder below it to have it made again.
+FOLDER = Path(__file__).parent / ".peers"
+_CELERY = ("celery[redis]==5.7.0", "kombu==5.7.0", "redis==8.1.0")
+#: All versions that are compared with. The environments have this process's Python.
+PEERS: dict[str, tuple[str, ...]] = {
+    "celery": _CELERY,
+    "sqlalchemy-celery-beat": (
+        *_CELERY, "sqlalchemy-celery-beat==0.9.1", "SQLAlchemy==2.1.9", "psycopg[binary]==3.3.9",
+    ),
+    "celery-redbeat": (*_CELERY, "celery-redbeat==2.4.2"),
+}  # fmt: skip
+INSTALL_TIMEOUT = 300
+
+
+class PeerUnavailableError(Exception):
+    """The environment could not be made; the message says why."""
+
+
+def python_of(peer: str) -> str:
+    """The Python of a peer's environment, which is made where it is missing or has other versions.
+
+    Raises:
+        PeerUnavailableError: Its packages cannot be installed, most likely because no package registry answers.
+    """
+    folder = FOLDER / peer
+    python, made_of = folder / "bin" / "python", folder / "made-of.txt"
+    wanted = "\n".join((sys.version, *PEERS[peer]))
+    if made_of.exists() and made_of.read_text("utf-8") == wanted:
+        return str(python)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for command in (
+            [sys.executable, "-m", "venv", str(folder)],
+            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PEERS[peer]],
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT)
+    except (subprocess.SubprocessError, OSError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+        raise PeerUnavailableError(
+            f"{peer} is left out, its packages could not be installed: {' '.join(said)}"
+        ) from error
+    made_of.write_text(wanted, "utf-8")
+    return str(python)
+
+
+def main() -> None:
+    """Make all environments."""
+    for peer in PEERS:
+        try:
+            print(python_of(peer))
+        except PeerUnavailableError as absent:
+            print(absent, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
