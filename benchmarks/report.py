@@ -54,6 +54,8 @@ class Report:
     #: What was done, in a sentence or two.
     about: str
     figures: list[Figure]
+    #: What is compared with each other: a row of titles, then rows of text.
+    table: list[list[str]] = field(default_factory=list)
     #: Anything that explains the figures, one line each.
     notes: list[str] = field(default_factory=list)
 
@@ -122,8 +124,9 @@ def text_of(reports: list[dict[str, Any]]) -> str:
             )
         load = f"load average {report['load_before']} before, {report['load_after']} after; {report['seconds']} s"
         notes = "".join(f"\n- {note}" for note in report["notes"])
+        tables = "\n\n".join(_table(each) for each in (report["table"], rows) if len(each) > 1)
         parts.append(
-            f"## {report['name']}\n\n{report['about']} ({load}.)\n\n{_table(rows)}" + (f"\n{notes}" if notes else "")
+            f"## {report['name']}\n\n{report['about']} ({load}.)\n\n{tables}" + (f"\n{notes}" if notes else "")
         )
     return "\n\n".join(parts) + "\n"
 

@@ -35,9 +35,9 @@ print(datetime.now(UTC).isoformat())
 class RedBeat(Peer):
     """``RedBeatScheduler`` with a Valkey server of its own for the schedules, so that each can be away alone.
 
-    It looks each second (``beat_max_loop_interval = 1``) and its lock ends after 10 seconds instead of 25 minutes
-    (``redbeat_lock_timeout``), so that another beat takes over soon; while its server is away it tries for 60 seconds
-    (``retry_period``) instead of giving up at once.
+    It looks each second (``beat_max_loop_interval = 1``). Its lock ends after 30 seconds instead of 25 minutes
+    (``redbeat_lock_timeout``): another beat takes over within the minute, but not during a long burst. While its server
+    is away it tries for 60 seconds (``retry_period``) instead of giving up at once.
     """
 
     name = "redbeat"
@@ -49,7 +49,7 @@ class RedBeat(Peer):
             'beat_scheduler = "redbeat.RedBeatScheduler"',
             f"redbeat_redis_url = {self._store.url!r}",
             'redbeat_redis_options = {"retry_period": 60}',
-            "redbeat_lock_timeout = 10",
+            "redbeat_lock_timeout = 30",
             "beat_max_loop_interval = 1",
         ]
         return self.configured("", "\n".join(settings))
