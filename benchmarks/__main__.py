@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import beat, dev, imports, ledger, publish, report
+from benchmarks import beat, dev, faults, imports, ledger, publish, report, scale
 
 BENCHMARKS = {
-    item.name: item for item in (imports.BENCHMARK, publish.BENCHMARK, dev.BENCHMARK, ledger.BENCHMARK, beat.BENCHMARK)
+    module.BENCHMARK.name: module.BENCHMARK for module in (imports, publish, dev, ledger, beat, faults, scale)
 }
 
 

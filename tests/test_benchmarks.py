@@ -17,9 +17,11 @@ REPOSITORY = Path(__file__).parents[1]
 TINY = {
     "beat": ["--schedules", "200", "--due", "5", "--seconds", "1"],
     "dev": [],
+    "faults": ["--schedules", "250", "--fault", "kill"],
     "imports": ["--rounds", "1"],
     "ledger": ["--runs", "10", "--rounds", "1"],
     "publish": ["--messages", "10", "--rounds", "1"],
+    "scale": ["--schedules", "200", "--due", "5", "--seconds", "1"],
 }
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow]
@@ -58,6 +60,27 @@ def test_benchmark_reports_its_figures_for_a_database(name: str, database: str) 
 
     check(report, name)
     assert database in json.dumps(report["figures"])
+
+
+@pytest.mark.postgresql
+@pytest.mark.fault
+def test_killed_beat_loses_and_doubles_nothing_in_the_fault_table() -> None:
+    """Each instant has one start after a beat was killed in a burst; without --peers only ours is in the table."""
+    report = benchmark("faults")
+
+    check(report, "faults")
+    titles, cells = report["table"]
+    assert titles[1:] == ["llmtasks-sqlite", "llmtasks-postgresql"]
+    assert all(cell.startswith("0 lost, 0 doubled") for cell in cells[1:])
+
+
+@pytest.mark.postgresql
+def test_scale_has_a_row_for_each_scheduler() -> None:
+    """Each scheduler is measured at each size; without --peers only ours."""
+    report = benchmark("scale")
+
+    check(report, "scale")
+    assert [row[:2] for row in report["table"][1:]] == [["200", "llmtasks-sqlite"], ["200", "llmtasks-postgresql"]]
 
 
 def test_every_benchmark_is_tried() -> None:
