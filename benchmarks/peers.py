@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 #: Git ignores it; delete a folder below it to have it made again.
@@ -19,6 +20,9 @@ PEERS: dict[str, tuple[str, ...]] = {
     "celery-redbeat": (*_CELERY, "celery-redbeat==2.4.2"),
 }  # fmt: skip
 INSTALL_TIMEOUT = 300
+#: What this process found or made, and what it could not: a second try would take as long to fail.
+_made: dict[str, str | PeerUnavailableError] = {}
+_making = threading.Lock()
 
 
 class PeerUnavailableError(Exception):
@@ -31,23 +35,29 @@ def python_of(peer: str) -> str:
     Raises:
         PeerUnavailableError: Its packages cannot be installed, most likely because no package registry answers.
     """
+    with _making:
+        if peer not in _made:
+            _made[peer] = _make(peer)
+        made = _made[peer]
+    if isinstance(made, PeerUnavailableError):
+        raise made
+    return made
+
+
+def _make(peer: str) -> str | PeerUnavailableError:
     folder = FOLDER / peer
     python, made_of = folder / "bin" / "python", folder / "made-of.txt"
     wanted = "\n".join((sys.version, *PEERS[peer]))
     if made_of.exists() and made_of.read_text("utf-8") == wanted:
         return str(python)
     shutil.rmtree(folder, ignore_errors=True)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1"]
     try:
-        for command in (
-            [sys.executable, "-m", "venv", str(folder)],
-            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PEERS[peer]],
-        ):
+        for command in ([sys.executable, "-m", "venv", str(folder)], [*install, *PEERS[peer]]):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT)
     except (subprocess.SubprocessError, OSError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        raise PeerUnavailableError(
-            f"{peer} is left out, its packages could not be installed: {' '.join(said)}"
-        ) from error
+        return PeerUnavailableError(f"left out: the packages of {peer} cannot be installed: {' '.join(said)}")
     made_of.write_text(wanted, "utf-8")
     return str(python)
 

@@ -52,7 +52,6 @@ class Ours(Scheduler):
 
     def __init__(self, kind: str, *, careful: bool) -> None:
         super().__init__(careful=careful)
-        self.name = f"llmtasks-{kind}"
         self._kind = kind
 
     def open(self, stack: ExitStack) -> Project:

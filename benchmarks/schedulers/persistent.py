@@ -16,7 +16,6 @@ class Persistent(Peer):
     Two beats have a file each, as on two hosts: the same file cannot be opened twice.
     """
 
-    name = "persistent"
     environment = "celery"
     has_store = False
     SETTINGS = f"""

@@ -40,7 +40,6 @@ class RedBeat(Peer):
     is away it tries for 60 seconds (``retry_period``) instead of giving up at once.
     """
 
-    name = "redbeat"
     environment = "celery-redbeat"
 
     def open(self, stack: ExitStack) -> Project:

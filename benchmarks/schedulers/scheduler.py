@@ -56,7 +56,6 @@ class Scheduler(ABC):
         careful: Whether it is set up to lose and double as little as it can, or to be as fast as it can.
     """
 
-    name: str
     #: Whether the schedules are in something that can be away while beat is there.
     has_store: ClassVar[bool] = True
     broker: Valkey

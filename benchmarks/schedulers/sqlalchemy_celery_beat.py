@@ -62,7 +62,6 @@ class SqlalchemyCeleryBeat(Peer):
 
     def __init__(self, kind: str, *, careful: bool) -> None:
         super().__init__(careful=careful)
-        self.name = f"sqlalchemy-celery-beat-{kind}"
         self._kind = kind
 
     def open(self, stack: ExitStack) -> Project:
