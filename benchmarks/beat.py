@@ -19,6 +19,8 @@ from tests.processes import CeleryProcess, Project
 
 EVERY = timedelta(seconds=1)
 FAR = timedelta(days=30)
+#: What is between the writing of the schedules and the first of most of them: beat should run by then.
+LEAD = timedelta(seconds=8)
 #: Seconds after the first firing that are left out of the lateness: the first tick makes up for the time before it.
 SETTLE = 2.0
 #: Seconds in which a started beat has to send something, and in which a change has to work.
@@ -41,21 +43,26 @@ class Ran:
     change: float | None
 
 
-def planned(total: int, due: int) -> list[Planned]:
-    """Schedules a month away, then the ``due`` of every second, spread over it."""
+def rare(count: int) -> list[Planned]:
+    """Schedules a month away."""
+    first = datetime.now(UTC) + FAR
+    return [Planned(name=f"far {at}", every=FAR, first=first + timedelta(seconds=at)) for at in range(count)]
+
+
+def often(count: int) -> list[Planned]:
+    """The schedules of every second: one that is due at once, the others spread over a second, beginning in a while.
+
+    Celery counts an interval from the last run: all that are overdue when beat starts would stay together for ever.
+    """
     now = datetime.now(UTC).replace(microsecond=0)
-    far = [
-        Planned(name=f"far {number}", every=FAR, first=now + FAR + timedelta(seconds=number))
-        for number in range(total - due)
-    ]
-    return far + [
-        Planned(name=f"often {number}", every=EVERY, first=now + EVERY * number / due) for number in range(due)
-    ]
+    later = [Planned(name=f"often {at}", every=EVERY, first=now + LEAD + EVERY * at / count) for at in range(1, count)]
+    return [Planned(name="often 0", every=EVERY, first=now), *later]
 
 
 def ran(scheduler: Scheduler, total: int, due: int, seconds: float, *, starts: int = 1) -> Ran:
     """Write the schedules, start a beat so many times, let the last one run for ``seconds``, make a change."""
-    scheduler.plan(planned(total, due))
+    scheduler.plan(rare(total - due))
+    scheduler.plan(frequent := often(due))
     with Arrivals(scheduler.broker) as arrivals:
         begun: list[tuple[float, float]] = []
         for _ in range(starts - 1):
@@ -64,7 +71,7 @@ def ran(scheduler: Scheduler, total: int, due: int, seconds: float, *, starts: i
             beat.terminate()
         beat, starting, start = started(scheduler, arrivals)
         begun.append((starting, start))
-        time.sleep(SETTLE)
+        time.sleep(max(0.0, (frequent[-1].first - datetime.now(UTC)).total_seconds()) + SETTLE)
         since, used = datetime.now(UTC), stage.cpu_seconds(beat)
         time.sleep(seconds)
         until, used = datetime.now(UTC), stage.cpu_seconds(beat) - used

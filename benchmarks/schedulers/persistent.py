@@ -29,13 +29,15 @@ beat_schedule = {{
 """
 
     def open(self, stack: ExitStack) -> Project:
+        self._planned: list[Planned] = []
         return self.configured("", self.SETTINGS + ("beat_sync_every = 1\n" if self.careful else ""))
 
     def beat_options(self, number: int) -> list[str]:
         return ["-s", f"beat-{number}"]
 
     def plan(self, planned: Sequence[Planned]) -> None:
-        self.write_plan(planned)
+        self._planned += planned
+        self.write_plan(self._planned)
 
     def change(self, name: str) -> datetime | None:
         return None

@@ -15,12 +15,15 @@ import json
 from datetime import UTC, datetime
 from celery import current_app
 from celery.schedules import crontab, schedule
-from redbeat import RedBeatSchedulerEntry
+from redbeat.schedulers import RedBeatSchedulerEntry, get_redis
 current_app.loader.import_default_modules()
 
 def save(name, every, last_run_at):
     rule = crontab() if every is None else schedule(every)
-    RedBeatSchedulerEntry(name, "{TASK}", rule, args=[name], last_run_at=last_run_at, app=current_app).save()
+    entry = RedBeatSchedulerEntry(name, "{TASK}", rule, args=[name], last_run_at=last_run_at, app=current_app).save()
+    # save() takes the rest of an interval from now and adds it to the last run.
+    due = last_run_at.timestamp() + (every or 60)
+    get_redis(current_app).zadd(current_app.redbeat_conf.schedule_key, {{entry.key: due}})
 """
 PLAN = f"""{OPENED}
 for name, every, last in json.load(open("planned.json")):
@@ -35,7 +38,7 @@ print(datetime.now(UTC).isoformat())
 class RedBeat(Peer):
     """``RedBeatScheduler`` with a Valkey server of its own for the schedules, so that each can be away alone.
 
-    It looks each second (``beat_max_loop_interval = 1``). Its lock ends after 30 seconds instead of 25 minutes
+    It looks ten times a second (``beat_max_loop_interval = 0.1``). Its lock ends after 30 seconds instead of 25 minutes
     (``redbeat_lock_timeout``): another beat takes over within the minute, but not during a long burst. While its server
     is away it tries for 60 seconds (``retry_period``) instead of giving up at once.
     """
@@ -49,7 +52,7 @@ class RedBeat(Peer):
             f"redbeat_redis_url = {self._store.url!r}",
             'redbeat_redis_options = {"retry_period": 60}',
             "redbeat_lock_timeout = 30",
-            "beat_max_loop_interval = 1",
+            "beat_max_loop_interval = 0.1",
         ]
         return self.configured("", "\n".join(settings))
 

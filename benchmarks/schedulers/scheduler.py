@@ -83,7 +83,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def plan(self, planned: Sequence[Planned]) -> None:
-        """Write the schedules, before any beat runs."""
+        """Add schedules, before any beat runs."""
 
     @abstractmethod
     def change(self, name: str) -> datetime | None:
