@@ -5,6 +5,7 @@ The servers and processes are those of the integration tests; nothing outlives i
 
 from __future__ import annotations
 
+import compileall
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+import llmtasks
 from llmtasks.store.database import Database
 from tests.children import ChildProcess
 from tests.processes import Project
@@ -76,6 +78,8 @@ def database_in(folder: Path, database: str) -> Iterator[tuple[str, PostgreSQL |
 
 def project_on(folder: Path, broker: Valkey, url: str) -> Project:
     """A project with the functions above; its database is migrated. The caller closes it."""
+    # pip does this where it installs; a checkout would be compiled at each start where Python may not write it down.
+    compileall.compile_dir(Path(llmtasks.__file__).parent, quiet=1)
     opened = Database(url)
     opened.migrate()
     opened.close()
