@@ -1,4 +1,4 @@
-"""Mines: kill a worker of a test with SIGKILL exactly where its code is at a named place, without a word in that code.
+"""Mines: kill a test's worker or beat with SIGKILL where its code is at a named place, without a word in that code.
 
 A module that a project imports; the test lays a mine, the first process that comes to the place takes it up and dies.
 The place is seen by Python's own hook for profilers.
@@ -62,6 +62,7 @@ def _watch(frame: FrameType, event: str, _argument: Any) -> None:
 _main_pid = os.getpid()
 
 
+@signals.beat_init.connect
 @signals.worker_ready.connect
 @signals.worker_process_init.connect
 def _begin(**_: object) -> None:
