@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from celery.exceptions import TaskRevokedError
 
+from llmtasks import Task
 from llmtasks.errors import InvalidParamsError
 from llmtasks.states import RunState
 from tests.ledger import QUICK, Ledger, project_with, queue_length
@@ -404,3 +405,25 @@ def test_long_countdown_is_kept_in_the_database(project: Project, tasks: Any, le
     run = ledger.run(far.id)
     assert run is not None
     assert run.state is RunState.PENDING
+
+
+def test_events_tell_of_each_message_of_a_batch(project: Project, ledger: Ledger) -> None:
+    """``task-sent`` comes for each, as Flower and others expect it, although one message carries them all."""
+    app, sent = project.app, list[Any]()
+    task = Task(func_name="mark", params={"name": "batch"}, interval_minutes=1).save_sync()
+    task.pause_sync()
+    begin = datetime.now(UTC) - timedelta(minutes=10)
+
+    with app.connection_for_read() as connection:
+        receiver: Any = app.events.Receiver(connection, handlers={"task-sent": sent.append})
+        with receiver.consumer_context() as (events, *_):
+            runs = task.backfill_sync(begin, begin + timedelta(minutes=2))
+            while len(sent) < len(runs):
+                events.drain_events(timeout=30)
+
+    assert [event["uuid"] for event in sent] == [run.id for run in runs]
+    assert {(event["name"], event["queue"], event["args"], event["kwargs"]) for event in sent} == {
+        ("mark", "celery", "()", "{'name': 'batch'}")
+    }
+    for run in runs:
+        ledger.ends(run.id)

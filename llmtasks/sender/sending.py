@@ -1,0 +1,146 @@
+"""Send one message of ours as Celery sends a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import celery
+from celery.canvas import signature
+
+from llmtasks.message import Message
+from llmtasks.sender.envelope import DELIVER_HEADER
+from llmtasks.sender.jsontext import loads
+from llmtasks.sender.priority import native_priority
+from llmtasks.sender.rabbitmq import publish_options
+from llmtasks.sender.sent_events import SentEvents
+
+#: What a chain hands on to the last of its tasks.
+_INHERITED: Final = frozenset({"chord", "group_id", "group_index", "root_id", "link_error"})
+#: Characters of arguments as JSON that are shown as they are.
+SHORT: Final = 200
+
+
+@dataclass(slots=True)
+class Way:
+    """A thread's own way to the broker."""
+
+    pid: int
+    producer: Any
+    sent: SentEvents
+
+
+def send_one(app: celery.Celery, way: Way, message: Message) -> None:
+    """Send one message as ``app.send_task`` would, but subscribe to no result and take no parent from the caller."""
+    producer = way.producer
+    if message.replacement is not None:
+        replacement: Any = signature(loads(message.replacement), app=app)
+        if message.delivers:
+            replacement = _heir(replacement, message.run_id)
+            if replacement is None:
+                raise LookupError(f"nothing in what replaced run {message.run_id} has its id")
+            headers = {**(replacement.options.get("headers") or {}), DELIVER_HEADER: 1}
+            replacement.set(headers=headers, countdown=None, eta=None, expires=None)
+        replacement.apply_async(producer=producer, add_to_parent=False)
+        return
+    if message.envelope is None:
+        return  # nothing is left to send
+    envelope = loads(message.envelope)
+    options: dict[str, Any] = envelope.get("options", {})
+    task = app.tasks.get(message.func_name)
+    stamped = options.get("stamped_headers") or ()
+    # A first attempt may expire in the broker; what has begun, or has ended, may not.
+    expires = None if message.delivers or message.attempts else options.get("expires")
+    args, kwargs = loads(message.args or "[]"), loads(message.kwargs or "{}")
+    route = _route(app, message, envelope, task, args, kwargs)
+    protocol2 = app.amqp.as_task_v2(
+        message.run_id,
+        message.func_name,
+        args,
+        kwargs,
+        group_id=options.get("group_id"),
+        group_index=options.get("group_index"),
+        expires=expires,
+        retries=message.attempts,
+        chord=options.get("chord"),
+        callbacks=options.get("link"),
+        errbacks=options.get("link_error"),
+        chain=options.get("chain"),
+        reply_to=options.get("reply_to") or app.thread_oid,
+        time_limit=options.get("time_limit"),
+        soft_time_limit=options.get("soft_time_limit"),
+        create_sent_event=app.conf.task_send_sent_event and not message.delivers,
+        root_id=options.get("root_id") or message.run_id,
+        parent_id=options.get("parent_id"),
+        shadow=options.get("shadow"),
+        # Celery asks the system for it each time.
+        origin=options.get("origin") or way.sent.hostname,
+        argsrepr=_shown(tuple(args), message.args),
+        kwargsrepr=_shown(kwargs, message.kwargs),
+        ignore_result=envelope.get("ignore_result", getattr(task, "ignore_result", None)) or False,
+        replaced_task_nesting=options.get("replaced_task_nesting") or 0,
+        stamped_headers=stamped or None,
+        **{name: options[name] for name in stamped if name in options},
+    )
+    headers = {**(envelope.get("headers") or {}), **({DELIVER_HEADER: 1} if message.delivers else {})}
+    app.amqp.send_task_message(
+        producer,
+        message.func_name,
+        protocol2,
+        headers=headers,
+        priority=native_priority(app, message.priority),
+        serializer="json",
+        retry=False,
+        event_dispatcher=way.sent,
+        declare=_undeclared(app, producer, route),
+        **publish_options(app),
+        **route,
+    )
+
+
+def _shown(value: Any, text: str | None) -> str | None:
+    """What events and ``inspect`` show of arguments; None leaves long ones to Celery, which takes longer and cuts."""
+    return repr(value) if text is None or len(text) <= SHORT else None
+
+
+def _undeclared(app: celery.Celery, producer: Any, route: dict[str, Any]) -> list[Any] | None:
+    """What Celery has to declare; None is what it does by itself.
+
+    Kombu remembers what was declared on a connection, but copies a queue each time to find that out (common.py:117).
+    """
+    name = route.get("queue")
+    if not isinstance(name, str) or hash(app.amqp.queues[name]) not in producer.connection.declared_entities:
+        return None
+    return []
+
+
+def _heir(replacement: Any, run_id: str) -> Any:
+    """The one task of what replaces a run that has the run's id, and so its links and its place in a chord."""
+    if replacement.options.get("task_id") == run_id and not replacement.get("subtask_type"):
+        return replacement
+    parts = [*(replacement.get("kwargs") or {}).get("tasks", ())]
+    body = (replacement.get("kwargs") or {}).get("body")
+    for part in [*reversed(parts), *([body] if body else [])]:
+        found = _heir(signature(part, app=replacement.app), run_id)
+        if found is not None:
+            for name in _INHERITED & set(replacement.options):
+                found.options.setdefault(name, replacement.options[name])
+            return found
+    return None
+
+
+def _route(
+    app: celery.Celery, message: Message, envelope: dict[str, Any], task: Any, args: Any, kwargs: Any
+) -> dict[str, Any]:
+    """Where the message came from, else its queue, else where the app's routes send it."""
+    exchange, routing_key = envelope.get("exchange"), envelope.get("routing_key")
+    if exchange and routing_key:
+        return {"exchange": exchange, "routing_key": routing_key}
+    if routing_key and not message.queue:
+        return {"queue": routing_key}  # the anonymous exchange: the key is the queue's name
+    if message.queue:
+        return {"queue": message.queue}
+    queue = getattr(getattr(task, "options", None), "queue", None)
+    own = {"queue": queue} if queue else {}
+    routed = app.amqp.router.route(own, message.func_name, args, kwargs, task_type=task)
+    return {key: routed[key] for key in ("queue", "exchange", "routing_key") if routed.get(key) is not None}
