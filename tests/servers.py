@@ -439,8 +439,18 @@ class RabbitMQ:
         self.process.terminate()
 
     def kill(self) -> None:
-        """End it with SIGKILL."""
+        """End it with SIGKILL, once it has on disk which quorum queues there are.
+
+        RabbitMQ 3.10 loses what it knows of a quorum queue that was declared in the second before: whoever consumes it
+        then waits a minute and loses the connection, again and again.
+        """
+        wait_until(self._has_written_its_queues, 30, "the names of the quorum queues to be on disk")
         self.process.kill()
+
+    def _has_written_its_queues(self) -> bool:
+        # Erlang's dets files say in their third word whether they were closed properly; auto-save says so too.
+        names = self.root.glob("mnesia/*/quorum/*/names.dets")
+        return all(path.read_bytes()[8:12] != bytes(4) for path in names)
 
     def restart(self) -> None:
         """Stop it and start it again."""
