@@ -36,6 +36,8 @@ LONGEST_SLEEP: Final = 1.0
 NO_BROKER_PAUSE: Final = 0.05
 #: Seconds before another look at due rows that others have locked.
 LOCKED_PAUSE: Final = 0.01
+#: Seconds from a tick that fired something to the next: a tick takes 2 ms, each of the runs that it opens 0.3 ms.
+GATHER_PAUSE: Final = 0.02
 #: Seconds between two tries while the database is away.
 AWAY_PAUSE: Final = 1.0
 #: Seconds between two looks for schedules that left the code.
@@ -146,10 +148,9 @@ class ScheduleBeat(Scheduler):
             self._away = None
         if claimed.count >= tick.BATCH:
             return 0.0
-        pause = claimed.pause(at.database.now())
-        if not claimed.count:  # due and not claimed: somebody else has the row locked
-            pause = max(pause, LOCKED_PAUSE)
-        return min(pause, float(self.max_interval))
+        # Due and not claimed: somebody else has the row locked.
+        least = GATHER_PAUSE if claimed.count else LOCKED_PAUSE
+        return min(max(claimed.pause(at.database.now()), least), float(self.max_interval))
 
     def _begin(self, at: Station) -> None:
         """Say what this beat declares, then write it: other beats complete what nobody declares."""
