@@ -417,6 +417,7 @@ def test_events_tell_of_each_message_of_a_batch(project: Project, ledger: Ledger
     with app.connection_for_read() as connection:
         receiver: Any = app.events.Receiver(connection, handlers={"task-sent": sent.append})
         with receiver.consumer_context() as (events, *_):
+            events.drain_events(timeout=30)  # the worker's heartbeat; from now on it hears everything
             runs = task.backfill_sync(begin, begin + timedelta(minutes=2))
             while len(sent) < len(runs):
                 events.drain_events(timeout=30)
