@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 #: Options that make one small.
 TINY = {
     "beat": ["--schedules", "200", "--due", "5", "--seconds", "1"],
+    "burst": ["--due", "50", "--database", "sqlite"],
     "dev": [],
     "faults": ["--schedules", "250", "--fault", "kill"],
     "imports": ["--rounds", "1"],
@@ -46,7 +47,7 @@ def check(report: dict[str, object], name: str) -> None:
     assert all(item["name"] and isinstance(item["value"], int | float) for item in figures)
 
 
-@pytest.mark.parametrize("name", ["dev", "imports", "publish"])
+@pytest.mark.parametrize("name", ["burst", "dev", "imports", "publish"])
 def test_benchmark_reports_its_figures(name: str) -> None:
     """Each of these measures something and says it."""
     check(benchmark(name), name)

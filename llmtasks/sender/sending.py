@@ -108,10 +108,10 @@ def _undeclared(app: celery.Celery, producer: Any, route: dict[str, Any]) -> lis
 
     Kombu remembers what was declared on a connection, but copies a queue each time to find that out (common.py:117).
     """
-    name = route.get("queue")
-    if not isinstance(name, str) or hash(app.amqp.queues[name]) not in producer.connection.declared_entities:
-        return None
-    return []
+    queue = route.get("queue")
+    if isinstance(queue, str):
+        queue = app.amqp.queues[queue]
+    return [] if queue is not None and hash(queue) in producer.connection.declared_entities else None
 
 
 def _heir(replacement: Any, run_id: str) -> Any:
