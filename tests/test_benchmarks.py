@@ -19,6 +19,7 @@ TINY = {
     "burst": ["--due", "50", "--database", "sqlite"],
     "dev": [],
     "faults": ["--schedules", "250", "--fault", "kill"],
+    "history": ["--runs", "1000", "--database", "sqlite"],
     "imports": ["--rounds", "1"],
     "ledger": ["--runs", "10", "--rounds", "1"],
     "publish": ["--messages", "10", "--rounds", "1"],
@@ -47,7 +48,7 @@ def check(report: dict[str, object], name: str) -> None:
     assert all(item["name"] and isinstance(item["value"], int | float) for item in figures)
 
 
-@pytest.mark.parametrize("name", ["burst", "dev", "imports", "publish"])
+@pytest.mark.parametrize("name", ["burst", "dev", "history", "imports", "publish"])
 def test_benchmark_reports_its_figures(name: str) -> None:
     """Each of these measures something and says it."""
     check(benchmark(name), name)
