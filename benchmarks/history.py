@@ -30,8 +30,8 @@ COLUMNS = (
     "worker, created_at, started_at, attempt_started_at, ended_at, run_seconds, result, delivered, publications"
 )
 VALUES = (
-    "'old ' || n, '{app}', 'func_' || (n - n / 20 * 20), 'func', 'succeeded', '[\"a document\"]', '{{\"x\": 1}}', 'celery', "
-    "5, 1, 3, 300, 1, 'celery@host', {at}, {at}, {at}, {at}, 2.0, '\"done\"', {true}, 1"
+    "'old ' || n, '{app}', 'func_' || (n - n / 20 * 20), 'func', 'succeeded', '[\"a document\"]', '{{\"x\": 1}}', "
+    "'celery', 5, 1, 3, 300, 1, 'celery@host', {at}, {at}, {at}, {at}, 2.0, '\"done\"', {true}, 1"
 )
 #: How to count to a million, and what an instant is, by database.
 SPELLED = {
