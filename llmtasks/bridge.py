@@ -77,8 +77,8 @@ class Body:
             self.interrupt(TimeIsUp(self.soft_limit))
 
     def is_overdue(self) -> bool:
-        """Whether a sync body passed its soft limit and was not told; coroutines have a timer of their own."""
-        if self.is_async or self.exceeded or self.soft_limit is None:
+        """Whether it passed its soft limit untold: the timer of a coroutine needs a loop that is not blocked."""
+        if self.exceeded or self.soft_limit is None or self.is_starting():
             return False
         return time.monotonic() - self.started > self.soft_limit
 

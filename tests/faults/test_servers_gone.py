@@ -38,6 +38,12 @@ TASKS = """
         time.sleep(60)
 
 
+    @task_registry.register(name="blocks", timeout=0.6, max_retries=0)
+    async def blocks(name):
+        note(name)
+        time.sleep(60)
+
+
     @task_registry.register(name="tick", interval_minutes=0.5 / 60, max_retries=0, overlap="allow")
     def tick():
         note("tick")
@@ -179,7 +185,8 @@ def test_locked_sqlite_only_delays(project: Project) -> None:
     assert worker.running
 
 
-def test_limit_that_passes_before_the_function_runs_counts_from_its_start(project: Project) -> None:
+@pytest.mark.parametrize("func_name", ["works", "blocks"])
+def test_limit_that_passes_before_the_function_runs_counts_from_its_start(project: Project, func_name: str) -> None:
     """The pool's signal comes while the claim waits for the ledger: the function still gets its time, and no more."""
     import sqlite3
 
@@ -191,7 +198,7 @@ def test_limit_that_passes_before_the_function_runs_counts_from_its_start(projec
     with contextlib.closing(sqlite3.connect(project.database_url.removeprefix("sqlite:///"))) as other:
         other.isolation_level = None
         other.execute("BEGIN IMMEDIATE")
-        result = tasks["works"].delay("late")
+        result = tasks[func_name].delay("late")
         worker.wait_for_log("Soft time limit (0.6s) exceeded")
         assert ledger.notes_now("late") == []
         other.execute("ROLLBACK")
