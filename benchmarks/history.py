@@ -60,6 +60,7 @@ def fill(tx: Connection, total: int) -> None:
         tx.exec_driver_sql(f"{counted} INSERT INTO llmtasks_runs ({COLUMNS}) {select}")
     else:
         tx.exec_driver_sql(f"INSERT INTO llmtasks_runs ({COLUMNS}) {counted} {select}")
+        tx.exec_driver_sql("ANALYZE llmtasks_runs")  # as its autovacuum does, which needs a minute
 
 
 def sum_past(database: Database) -> None:
