@@ -239,7 +239,7 @@ def _with_driver(url: str) -> str:
         "postgresql": "postgresql+psycopg",
         "postgres": "postgresql+psycopg",
         "mysql": "mysql+pymysql",
-        "mariadb": "mariadb+pymysql",
+        "mariadb": "mysql+pymysql",
     }
     return driver.get(scheme, scheme) + separator + rest
 

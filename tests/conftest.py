@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -11,13 +11,26 @@ import celery._state
 import pytest
 
 from tests import children
-from tests.servers import PostgreSQL, RabbitMQ, ServerUnavailable, Valkey, postgresql, rabbitmq, valkey
+from tests.servers import (
+    DATABASE_SERVERS,
+    DatabaseServer,
+    MariaDB,
+    PostgreSQL,
+    RabbitMQ,
+    ServerUnavailable,
+    Valkey,
+    mariadb,
+    postgresql,
+    rabbitmq,
+    valkey,
+)
 
 IN_CI = bool(os.environ.get("CI")) or os.environ.get("LLMTASKS_CI") == "1"
 
 #: The databases that a test with ``database_url`` runs on. A server's name is its mark and begins the name of its
 #: session fixture: one more is a name here, a mark in pyproject.toml and a fixture ``<name>_server``.
-DATABASES = ["sqlite", "postgresql"]
+DATABASES = ["sqlite", "postgresql", "mariadb"]
+SERVERS = [name for name in DATABASES if name != "sqlite"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -112,6 +125,16 @@ def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Post
 
 
 @pytest.fixture(scope="session")
+def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
+    """One MariaDB server for the session; tests share it by databases of their own."""
+    try:
+        with mariadb(tmp_path_factory.mktemp("mariadb")) as server:
+            yield server
+    except ServerUnavailable as absent:
+        do_without(absent)
+
+
+@pytest.fixture(scope="session")
 def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     """One RabbitMQ node for the session, because it starts slowly. Tests have virtual hosts, and may restart it."""
     try:
@@ -128,13 +151,24 @@ def do_without(absent: ServerUnavailable | str) -> NoReturn:
     pytest.skip(str(absent))
 
 
-def _parameters(names: list[str]) -> list[object]:
+def on(*names: str) -> pytest.MarkDecorator:
+    """Run a test with ``database_url`` on these of ``DATABASES`` only."""
+    return pytest.mark.parametrize("database_url", parameters(names), indirect=True)
+
+
+def parameters(names: Iterable[str]) -> list[object]:
+    """Databases as a fixture's ``params``, each with its mark."""
     return [pytest.param(name, marks=() if name == "sqlite" else (getattr(pytest.mark, name),)) for name in names]
 
 
-@pytest.fixture(params=_parameters(DATABASES))
+@pytest.fixture(params=parameters(DATABASES))
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The SQLAlchemy URL of an empty database: the test runs once on each of ``DATABASES``."""
+    yield from empty_database(request, tmp_path)
+
+
+def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The SQLAlchemy URL of an empty database of the kind that the fixture's parameter names."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'llmtasks.db'}"
         return
@@ -142,3 +176,22 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     url = server.create_database()
     yield url
     server.drop_database(url)
+
+
+@pytest.fixture(params=parameters(SERVERS))
+def database_server(request: pytest.FixtureRequest) -> DatabaseServer:
+    """Each of the session's database servers."""
+    server: DatabaseServer = request.getfixturevalue(f"{request.param}_server")
+    return server
+
+
+@pytest.fixture(params=parameters(SERVERS))
+def own_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DatabaseServer]:
+    """A database server for one test, which stops it."""
+    folder = tmp_path / "own-server"
+    folder.mkdir()
+    try:
+        with DATABASE_SERVERS[request.param](folder) as server:
+            yield server
+    except ServerUnavailable as absent:
+        do_without(absent)

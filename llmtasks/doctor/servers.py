@@ -29,7 +29,7 @@ def database(patient: Patient) -> Iterator[Finding]:
             severity=Severity.ERROR,
             found=str(error),
             why="Without its database nothing is scheduled, and no run can begin or end.",
-            fix="set LLMTASKS_DATABASE_URL to a sqlite:// or postgresql:// URL",
+            fix="set LLMTASKS_DATABASE_URL to a sqlite://, postgresql:// or mysql:// URL",
         )
     except DatabaseUnavailableError as error:
         yield Finding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -18,15 +19,17 @@ from sqlalchemy import (
     literal_column,
     null,
     or_,
-    true,
+    select,
     update,
 )
 
 from llmtasks.states import CLAIMABLE, ENDED, RunState
 from llmtasks.store import slots
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.dialects import MARIADB, insert_into, insert_or_lock
 from llmtasks.store.lone import Lone
 from llmtasks.store.prepared import Prepared
-from llmtasks.store.rows import UtcDateTime, insert_into, runs, state_in
+from llmtasks.store.rows import runs, state_in
 from llmtasks.store.rows import slots as slot_rows
 
 
@@ -82,63 +85,54 @@ class Claim:
 
 
 _RETURNED: Final = [runs.c[name] for name in Claim.__dataclass_fields__]
+_NOW: Final = bindparam("now", type_=UtcDateTime())
+#: The row of a run that is not in the ledger yet, taken from the start.
+_NEW: Final[dict[str, Any]] = {
+    name: bindparam(name, type_=runs.c[name].type) for name in Offer.__dataclass_fields__
+} | {
+    "name": bindparam("func_name", type_=runs.c.func_name.type),
+    "state": RunState.RUNNING,
+    "claim_no": literal_column("1"),
+    "heartbeat_at": _NOW,
+    "started_at": _NOW,
+    "attempt_started_at": _NOW,
+    "delivered": False,
+}
+_STARTABLE: Final = state_in(CLAIMABLE)
 
 
-def _claim(dialect: str, *, slotless: bool = False) -> Any:
-    """Insert the run or take it; no row back means that it is not ours to run.
+def _taking(new: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """What a claim changes in a row that is there, given the ``new`` one.
 
-    Taken is what is claimable and not superseded by a later attempt, and an end that nobody holds and Celery was not
-    told; where ``slotless``, of these only what has no limit and holds no slot.
+    MariaDB sets one column after the other: what looks at another one comes before it.
     """
-    names = [*Offer.__dataclass_fields__]
-    statement = insert_into(runs, dialect).values(
-        {name: bindparam(name) for name in names}
-        | {
-            "name": bindparam("func_name"),
-            "state": RunState.RUNNING,
-            "claim_no": literal_column("1"),
-            "heartbeat_at": bindparam("now"),
-            "started_at": bindparam("now"),
-            "attempt_started_at": bindparam("now"),
-            "delivered": False,
-        }
-    )
-    new = statement.excluded
-    startable = state_in(CLAIMABLE)
-    return statement.on_conflict_do_update(
-        index_elements=["id"],
-        set_={
-            "claim_no": runs.c.claim_no + 1,
-            "state": case((startable, RunState.RUNNING.value), else_=runs.c.state),
-            "owner": new.owner,
-            "worker": new.worker,
-            "heartbeat_at": new.heartbeat_at,
-            "started_at": case((startable, func.coalesce(runs.c.started_at, new.started_at)), else_=runs.c.started_at),
-            "attempt_started_at": new.attempt_started_at,
-            "func_name": new.func_name,
-            "name": case((runs.c.name == "", new.name), else_=runs.c.name),
-            "args": case((runs.c.envelope.is_(None), new.args), else_=runs.c.args),
-            "kwargs": case((runs.c.envelope.is_(None), new.kwargs), else_=runs.c.kwargs),
-            # The message knows the links and the route that the row of a schedule does not.
-            "envelope": new.envelope,
-            "queue": func.coalesce(runs.c.queue, new.queue),
-            "max_retries": func.coalesce(runs.c.max_retries, new.max_retries),
-            "retry_delay": new.retry_delay,
-            "function_slots": new.function_slots,
-            "replacement": null(),
-        },
-        where=and_(
-            runs.c.schedule_slots.is_(None) if slotless else true(),
-            ~exists().where(slot_rows.c.run_id == runs.c.id) if slotless else true(),
-            _takeable(startable, new),
-        ),
-    ).returning(*_RETURNED)
+    changes = {
+        "claim_no": runs.c.claim_no + 1,
+        "started_at": case((_STARTABLE, func.coalesce(runs.c.started_at, new["started_at"])), else_=runs.c.started_at),
+        "state": case((_STARTABLE, RunState.RUNNING.value), else_=runs.c.state),
+        "owner": new["owner"],
+        "worker": new["worker"],
+        "heartbeat_at": new["heartbeat_at"],
+        "attempt_started_at": new["attempt_started_at"],
+        "func_name": new["func_name"],
+        "name": case((runs.c.name == "", new["name"]), else_=runs.c.name),
+        "args": case((runs.c.envelope.is_(None), new["args"]), else_=runs.c.args),
+        "kwargs": case((runs.c.envelope.is_(None), new["kwargs"]), else_=runs.c.kwargs),
+        # The message knows the links and the route that the row of a schedule does not.
+        "envelope": new["envelope"],
+        "queue": func.coalesce(runs.c.queue, new["queue"]),
+        "max_retries": func.coalesce(runs.c.max_retries, new["max_retries"]),
+        "retry_delay": new["retry_delay"],
+        "function_slots": new["function_slots"],
+        "replacement": null(),
+    }
+    return [(runs.c[name], value) for name, value in changes.items()]
 
 
-def _takeable(startable: ColumnElement[bool], new: Any) -> ColumnElement[bool]:
+def _takeable(new: Mapping[str, Any]) -> ColumnElement[bool]:
     """Whether a run that is in the ledger may be taken."""
     return or_(
-        and_(startable, new.attempts >= runs.c.attempts),
+        and_(_STARTABLE, new["attempts"] >= runs.c.attempts),
         and_(
             state_in(ENDED),
             ~runs.c.delivered,
@@ -147,8 +141,37 @@ def _takeable(startable: ColumnElement[bool], new: Any) -> ColumnElement[bool]:
     )
 
 
-_CLAIM: Final = Prepared(_claim, _RETURNED)
-_CLAIM_SLOTLESS: Final = Prepared(partial(_claim, slotless=True), _RETURNED)
+def _takeable_alone(new: Mapping[str, Any]) -> ColumnElement[bool]:
+    """Whether it may be taken without a look at slots: it has no limit and holds none."""
+    return and_(runs.c.schedule_slots.is_(None), ~exists().where(slot_rows.c.run_id == runs.c.id), _takeable(new))
+
+
+def _claim(dialect: str, condition: Callable[[Any], ColumnElement[bool]]) -> Any:
+    """Insert the run, or take it where ``condition`` lets us; no row back means that it is not ours to run."""
+    statement = insert_into(runs, dialect).values(_NEW)
+    new = statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=["id"], set_=dict(_taking(new)), where=condition(new)
+    ).returning(*_RETURNED)
+
+
+def _take(_dialect: str, condition: Callable[[Any], ColumnElement[bool]]) -> Any:
+    """Take a run that is in the ledger where ``condition`` lets us."""
+    return update(runs).where(runs.c.id == _NEW["id"], condition(_NEW)).ordered_values(*_taking(_NEW))
+
+
+_CLAIM: Final = Prepared(partial(_claim, condition=_takeable), _RETURNED)
+_CLAIM_ALONE: Final = Prepared(partial(_claim, condition=_takeable_alone), _RETURNED)
+# MariaDB's INSERT has no condition for what it changes: there a claim takes a statement for each step.
+_INSERT: Final = Prepared(lambda dialect: insert_into(runs, dialect).values(_NEW))
+_ENSURE: Final = Prepared(
+    lambda dialect: insert_or_lock(runs, dialect, "id").values(
+        {**_NEW, "state": RunState.PENDING, "claim_no": literal_column("0"), "started_at": null()}
+    )
+)
+_TAKE: Final = Prepared(partial(_take, condition=_takeable))
+_TAKE_ALONE: Final = Prepared(partial(_take, condition=_takeable_alone))
+_READ: Final = Prepared(lambda _dialect: select(*_RETURNED).where(runs.c.id == _NEW["id"]), _RETURNED)
 #: What every write of a claim is fenced by.
 OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
 _WAIT: Final = (
@@ -168,18 +191,30 @@ def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -
     Args:
         silent_since: An owner whose stamp is older than this holds nothing any more.
     """
-    return _taken(_CLAIM.one(tx, _values(offer, now, silent_since)))
+    values = _values(offer, now, silent_since)
+    if tx.dialect.name not in MARIADB:
+        return _taken(_CLAIM.one(tx, values))
+    _ENSURE.count(tx, values)
+    return _taken(_READ.one(tx, values)) if _TAKE.count(tx, values) else None
 
 
 def claim_slotless(lone: Lone, offer: Offer, now: datetime, silent_since: datetime) -> Claim | None:
-    """Take a run that needs no slot, in this one statement.
+    """Take a run that needs no slot, in this one statement; on MariaDB in two or three, each good by itself.
 
     Returns:
         None where it is not ours to take, or needs a transaction: its schedule limits it, or it holds a slot.
     """
     if offer.function_slots is not None:
         return None
-    return _taken(_CLAIM_SLOTLESS.one(lone, _values(offer, now, silent_since)))
+    values = _values(offer, now, silent_since)
+    if lone.dialect.name not in MARIADB:
+        return _taken(_CLAIM_ALONE.one(lone, values))
+    try:
+        _INSERT.count(lone, values)
+    except lone.dialect.loaded_dbapi.IntegrityError:
+        if not _TAKE_ALONE.count(lone, values):
+            return None
+    return _taken(_READ.one(lone, values))
 
 
 def _values(offer: Offer, now: datetime, silent_since: datetime) -> dict[str, Any]:

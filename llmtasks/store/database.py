@@ -1,6 +1,7 @@
 """Database: one engine per process and URL, short transactions, the database's own clock.
 
-SQLite (WAL, busy timeout, BEGIN IMMEDIATE for every write) and PostgreSQL (psycopg 3) are used through the same calls.
+SQLite (WAL, busy timeout, BEGIN IMMEDIATE for every write), PostgreSQL (psycopg 3) and MariaDB (PyMySQL, READ
+COMMITTED) are used through the same calls.
 No process forks while one of its threads is inside a transaction of ours, and a child never touches a connection of its
 parent.
 """
@@ -19,33 +20,30 @@ from pathlib import Path
 from typing import Final
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, exc, make_url, text
+from sqlalchemy import Connection, Engine, exc, func, select, text
 
 from llmtasks.errors import ConfigurationError, DatabaseUnavailableError, SchemaOutdatedError
-from llmtasks.store.engines import make_engine, use_wal
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.engines import check_server, database_url, make_engine, use_wal
 from llmtasks.store.forking import fork_gate
 from llmtasks.store.lone import Lone, LoneConnections, driver_errors, open_lone
+from llmtasks.store.outages import first_line, is_outage
 from llmtasks.store.rows import SCHEMA_VERSION, VERSION_TABLE
 
 #: Seconds after which the difference to the server's clock is measured again.
 CLOCK_REFRESH: Final = 10.0
+#: How servers are asked for their clocks.
+_CLOCKS: Final = {
+    "postgresql": select(func.clock_timestamp(type_=UtcDateTime())),
+    "mysql": select(func.utc_timestamp(6, type_=UtcDateTime())),
+}
 
 
 class Database:
     """The schedules and the ledger behind one URL. Safe to share among threads and to inherit over a fork."""
 
     def __init__(self, url: str) -> None:
-        self.url = make_url(url)
-        self.dialect = self.url.get_backend_name()
-        if self.dialect not in {"sqlite", "postgresql"}:
-            raise ConfigurationError(
-                f"database {self.url.render_as_string()!r}: expected a sqlite:// or postgresql:// URL; "
-                "set LLMTASKS_DATABASE_URL"
-            )
-        if self.is_sqlite and (self.url.database or ":memory:") == ":memory:":
-            raise ConfigurationError(
-                "database sqlite://: expected a file, because worker, beat and app share it; write sqlite:///path"
-            )
+        self.url = database_url(url)
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._lones = LoneConnections()
@@ -57,7 +55,7 @@ class Database:
     @property
     def is_sqlite(self) -> bool:
         """Whether the database is a SQLite file."""
-        return self.dialect == "sqlite"
+        return self.url.get_backend_name() == "sqlite"
 
     @contextmanager
     def transaction(self) -> Generator[Connection]:
@@ -153,6 +151,7 @@ class Database:
             self._prepare_file(engine)
         else:
             with engine.connect() as connection:
+                check_server(engine)
                 found = _version(connection)
             if found != SCHEMA_VERSION:
                 raise SchemaOutdatedError(
@@ -197,9 +196,9 @@ class Database:
     def _measure_clock(self) -> timedelta:
         with self.reading() as connection:
             before = time.monotonic()
-            theirs: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+            theirs: datetime = connection.execute(_CLOCKS[self.url.get_backend_name()]).scalar_one()
             middle = (before + time.monotonic()) / 2
-        self._offset = offset = theirs.astimezone(UTC) - datetime.fromtimestamp(middle, UTC)
+        self._offset = offset = theirs - datetime.fromtimestamp(middle, UTC)
         self._measured = time.monotonic()
         return offset
 
@@ -208,19 +207,15 @@ class Database:
         """Raise our own error where the server, and not the statement, is at fault."""
         try:
             yield
-        except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError, sqlite3.OperationalError) as error:
-            raise DatabaseUnavailableError(
-                f"database {self.url.render_as_string()!r} does not answer: {_first_line(error)}"
-            ) from error
-        except exc.DBAPIError as error:
-            if getattr(error.orig, "sqlite_errorname", "") == "SQLITE_NOTADB":
+        except (exc.SQLAlchemyError, sqlite3.OperationalError) as error:
+            if getattr(getattr(error, "orig", None), "sqlite_errorname", "") == "SQLITE_NOTADB":
                 raise ConfigurationError(
                     f"{self.url.database} is not a SQLite file: set LLMTASKS_HOME or LLMTASKS_DATABASE_URL to another"
                 ) from error
-            if not error.connection_invalidated:
+            if not is_outage(error):
                 raise
             raise DatabaseUnavailableError(
-                f"database {self.url.render_as_string()!r} broke the connection: {_first_line(error)}"
+                f"database {self.url.render_as_string()!r} does not answer: {first_line(error)}"
             ) from error
 
 
@@ -259,7 +254,3 @@ def _version(connection: Connection) -> str | None:
         return None
     found: str | None = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]

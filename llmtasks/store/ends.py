@@ -11,9 +11,10 @@ from sqlalchemy import Connection, Text, and_, bindparam, case, func, null, or_,
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
 from llmtasks.store.claims import OURS, Claim
+from llmtasks.store.columns import UtcDateTime
 from llmtasks.store.lone import Lone
 from llmtasks.store.prepared import Prepared
-from llmtasks.store.rows import UtcDateTime, runs
+from llmtasks.store.rows import runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

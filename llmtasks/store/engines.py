@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 
 from llmtasks.errors import ConfigurationError
+from llmtasks.store.dialects import MARIADB
 from llmtasks.store.pinging import ping_idle
+
+logger = logging.getLogger(__name__)
 
 #: Seconds a SQLite writer waits for another one; 5 s, sqlite3's default, lost results under load.
 SQLITE_BUSY_TIMEOUT: Final = 30.0
 #: Seconds a connection attempt to a server may take.
 CONNECT_TIMEOUT: Final = 5
+#: The first MariaDB that passes over locked rows.
+OLDEST_MARIADB: Final = (10, 6)
+#: Ways to write that a database is MariaDB and PyMySQL the driver.
+_PYMYSQL: Final = frozenset({"mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql"})
+
+
+def database_url(url: str) -> URL:
+    """``url`` with the driver that is used for it.
+
+    Raises:
+        ConfigurationError: No database that can keep the tables.
+    """
+    made = make_url(url)
+    if made.drivername in _PYMYSQL:
+        # By this name of the two SQLAlchemy takes MySQL as well, and asks the server which one it is.
+        return made.set(drivername="mysql+pymysql")
+    if made.get_backend_name() not in {"sqlite", "postgresql"}:
+        raise ConfigurationError(
+            f"database {made.render_as_string()!r}: expected a sqlite://, postgresql:// or mysql:// URL "
+            "(MariaDB's driver is PyMySQL); set LLMTASKS_DATABASE_URL"
+        )
+    if made.get_backend_name() == "sqlite" and (made.database or ":memory:") == ":memory:":
+        raise ConfigurationError(
+            "database sqlite://: expected a file, because worker, beat and app share it; write sqlite:///path"
+        )
+    return made
 
 
 def make_engine(url: URL) -> Engine:
@@ -22,15 +52,19 @@ def make_engine(url: URL) -> Engine:
     Raises:
         ConfigurationError: The database's driver is not installed.
     """
-    sqlite = url.get_backend_name() == "sqlite"
+    sqlite, mariadb = url.get_backend_name() == "sqlite", url.get_backend_name() in MARIADB
     arguments: dict[str, Any]
+    options: dict[str, Any] = {}
     if sqlite:
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
         arguments = {"timeout": SQLITE_BUSY_TIMEOUT, "check_same_thread": False, "isolation_level": None}
     else:
         arguments = {"connect_timeout": CONNECT_TIMEOUT}
+    if mariadb:
+        # Under its default, locks on gaps between rows would stop the INSERTs of others.
+        options = {"isolation_level": "READ COMMITTED"}
     try:
-        engine = create_engine(url, connect_args=arguments, pool_size=5, max_overflow=50)
+        engine = create_engine(url, connect_args=arguments, pool_size=5, max_overflow=50, **options)
     except ImportError as error:
         raise ConfigurationError(
             f"database {url.render_as_string()!r}: its driver is missing ({error}); "
@@ -41,12 +75,37 @@ def make_engine(url: URL) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
     else:
         ping_idle(engine)
+    if mariadb:
+        event.listen(engine, "connect", _be_strict, insert=True)  # before SQLAlchemy looks at the mode
     return engine
+
+
+def check_server(engine: Engine) -> None:
+    """See to it that an engine's server, which it has been connected to, is one that can do what is asked of it.
+
+    Raises:
+        ConfigurationError: It is too old.
+    """
+    dialect: Any = engine.dialect
+    if dialect.name not in MARIADB:
+        return
+    said = ".".join(map(str, dialect.server_version_info))
+    if not dialect.is_mariadb:
+        logger.warning("the database calls itself MySQL %s: llmtasks is tested with MariaDB only", said)
+    elif dialect.server_version_info < OLDEST_MARIADB:
+        oldest = ".".join(map(str, OLDEST_MARIADB))
+        raise ConfigurationError(f"the database is MariaDB {said}: expected {oldest} or newer, which skips locked rows")
 
 
 def _tune_sqlite(connection: Any, _record: object) -> None:
     # WAL with NORMAL survives the death of any process; only a power cut may take the last transactions.
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _be_strict(connection: Any, _record: object) -> None:
+    # Whatever the server's own mode: no text is cut to its column's length, and SQL is quoted as everywhere.
+    with connection.cursor() as cursor:
+        cursor.execute("SET SESSION sql_mode = 'STRICT_ALL_TABLES'")
 
 
 def use_wal(engine: Engine) -> None:

@@ -13,19 +13,14 @@ from llmtasks.store.claims import OURS
 from llmtasks.store.rows import runs, state_in
 
 # Rows are locked in the order of their ids, as everybody does who locks several: no two wait for each other.
+_HELD: Final = (
+    select(runs.c.id, runs.c.claim_no)
+    .where(runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.owner == bindparam("by"))
+    .order_by(runs.c.id)
+    .with_for_update()
+)
 _STAMP: Final = (
-    update(runs)
-    .where(
-        runs.c.id.in_(
-            select(runs.c.id)
-            .where(runs.c.id.in_(bindparam("ids", expanding=True)))
-            .order_by(runs.c.id)
-            .with_for_update()
-        ),
-        runs.c.owner == bindparam("by"),
-    )
-    .values(heartbeat_at=bindparam("now"))
-    .returning(runs.c.id, runs.c.claim_no)
+    update(runs).where(runs.c.id.in_(bindparam("ids", expanding=True))).values(heartbeat_at=bindparam("now"))
 )
 _REQUESTS: Final = select(runs.c.id, runs.c.claim_no, runs.c.reason).where(
     runs.c.app == bindparam("of_app"),
@@ -63,7 +58,10 @@ _REMARK: Final = update(runs).where(OURS).values(reason=bindparam("why"))
 
 def stamp(tx: Connection, owner: str, ids: list[str], now: datetime) -> dict[str, int]:
     """Say that an owner holds these runs; returns the claim_no of every one that is still its own, by id."""
-    return {row.id: row.claim_no for row in tx.execute(_STAMP, {"by": owner, "ids": ids, "now": now})}
+    ours = {row.id: row.claim_no for row in tx.execute(_HELD, {"by": owner, "ids": ids})}
+    if ours:
+        tx.execute(_STAMP, {"ids": list(ours), "now": now})
+    return ours
 
 
 def cancel_requests(tx: Connection, app: str, owner: str) -> dict[str, tuple[int, str]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import URL, Connection
 
 from llmtasks.errors import ConfigurationError
 from llmtasks.store.database import Database
+from llmtasks.store.dialects import MARIADB
+
+#: Where servers listen unless an URL says otherwise.
+PORTS: Final = {"postgresql": 5432, "mysql": 3306}
 
 
 def joined(database: Database, session: Any) -> Connection:
@@ -30,12 +34,10 @@ def joined(database: Database, session: Any) -> Connection:
 
 
 def _place(url: URL) -> tuple[object, ...]:
-    if url.get_backend_name() == "sqlite":
+    kind = url.get_backend_name()
+    if kind == "sqlite":
         return ("sqlite", Path(str(url.database)).absolute())
-    host = url.host or url.query.get("host") or "localhost"
-    return (
-        url.get_backend_name(),
-        "localhost" if host in {"127.0.0.1", "::1"} else host,
-        url.port or 5432,
-        url.database,
-    )
+    kind = "mysql" if kind in MARIADB else kind
+    # PostgreSQL's socket, or host, and MariaDB's socket may stand behind the question mark.
+    host = url.query.get("unix_socket") or url.host or url.query.get("host") or "localhost"
+    return (kind, "localhost" if host in {"127.0.0.1", "::1"} else host, url.port or PORTS.get(kind), url.database)

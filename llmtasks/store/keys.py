@@ -10,7 +10,8 @@ from typing import Final
 from sqlalchemy import Connection, bindparam, delete, select, update
 
 from llmtasks.states import RunState
-from llmtasks.store.rows import PerDialect, insert_into, runs, unique
+from llmtasks.store.dialects import PerDialect, insert_or_lock
+from llmtasks.store.rows import runs, unique
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class Holder:
 
 
 _ADD: Final = PerDialect(
-    lambda dialect: insert_into(unique, dialect).values(key=bindparam("of_key"), run_id="").on_conflict_do_nothing()
+    lambda dialect: insert_or_lock(unique, dialect, "key").values(key=bindparam("of_key"), run_id="")
 )
 _LOCK: Final = (
     select(unique.c.key, unique.c.run_id)
@@ -36,12 +37,7 @@ _NAMED: Final = select(runs.c.id, runs.c.state, runs.c.created_at).where(
 )
 _GIVE: Final = update(unique).where(unique.c.key == bindparam("of_key")).values(run_id=bindparam("to_run"))
 _DROP: Final = delete(unique).where(unique.c.key.in_(bindparam("keys", expanding=True)), unique.c.run_id == "")
-_OF_RUNS: Final = (
-    select(unique.c.key)
-    .where(unique.c.run_id.in_(bindparam("ids", expanding=True)))
-    .order_by(unique.c.key)
-    .with_for_update()
-)
+_OF_RUNS: Final = select(unique.c.key).where(unique.c.run_id.in_(bindparam("ids", expanding=True)))
 _FORGET: Final = delete(unique).where(unique.c.key.in_(bindparam("keys", expanding=True)))
 
 
@@ -82,6 +78,8 @@ def drop_unnamed(tx: Connection, keys: Collection[str]) -> None:
 
 def forget(tx: Connection, ids: Collection[str]) -> None:
     """Remove the keys of runs that are purged in this transaction."""
-    keys = list(tx.execute(_OF_RUNS, {"ids": list(ids)}).scalars()) if ids else []
+    found = list(tx.execute(_OF_RUNS, {"ids": list(ids)}).scalars()) if ids else []
+    # Locked by the key, as by everybody else; what was given to another run in between stays.
+    keys = [row.key for row in tx.execute(_LOCK, {"keys": found}) if row.run_id in ids] if found else []
     if keys:
         tx.execute(_FORGET, {"keys": keys})

@@ -10,41 +10,35 @@ from sqlalchemy import Connection, bindparam, case, delete, literal, select, upd
 
 from llmtasks.message import DELIVER, RUN, Message
 from llmtasks.states import RunState
-from llmtasks.store.rows import PerDialect, UtcDateTime, insert_into, outbox, runs, values_of
-
-
-def _put(dialect: str) -> Any:
-    statement = insert_into(outbox, dialect).values({column.name: bindparam(column.name) for column in outbox.columns})
-    new = statement.excluded
-    return statement.on_conflict_do_update(
-        index_elements=["run_id"], set_={"kind": new.kind, "available_at": new.available_at}
-    )
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.dialects import PerDialect, by_index, insert_if_new, insert_or_change
+from llmtasks.store.rows import outbox, runs, values_of
 
 
 def _put_new(dialect: str) -> Any:
     new = select(runs.c.id, runs.c.app, literal(RUN), bindparam("now", type_=UtcDateTime())).where(
         runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.state == RunState.PENDING, runs.c.publications == 0
     )
-    return (
-        insert_into(outbox, dialect)
-        .from_select(["run_id", "app", "kind", "available_at"], new)
-        .on_conflict_do_nothing()
-    )
+    return insert_if_new(outbox, dialect).from_select(["run_id", "app", "kind", "available_at"], new)
 
 
 _PUT_NEW: Final = PerDialect(_put_new)
-_PUT: Final = PerDialect(_put)
+_ROW: Final[dict[str, Any]] = {column.name: bindparam(column.name) for column in outbox.columns}
+_PUT: Final = PerDialect(
+    lambda dialect: insert_or_change(outbox, dialect, "run_id", ["kind", "available_at"]).values(_ROW)
+)
 _MESSAGE: Final = (
     outbox.c.run_id, outbox.c.kind, outbox.c.app, runs.c.func_name, runs.c.args, runs.c.kwargs, runs.c.envelope,
     runs.c.queue, runs.c.priority, runs.c.attempts, runs.c.replacement, runs.c.schedule_id,
 )  # fmt: skip
-_DUE: Final = (
-    select(*_MESSAGE)
-    .join(runs, runs.c.id == outbox.c.run_id)
+_DUE: Final = by_index(
+    select(outbox.c.run_id)
     .where(outbox.c.app == bindparam("app"), outbox.c.available_at <= bindparam("now"))
     .order_by(outbox.c.available_at)
     .limit(bindparam("limit"))
-    .with_for_update(skip_locked=True, of=outbox)
+    .with_for_update(skip_locked=True),
+    outbox,
+    "ix_llmtasks_outbox_available",
 )
 _THESE: Final = (
     select(*_MESSAGE)
@@ -60,10 +54,10 @@ _POSTPONE: Final = (
     .values(available_at=bindparam("until"))
 )
 _REMOVE: Final = delete(outbox).where(outbox.c.run_id.in_(bindparam("ids", expanding=True)))
-_SENT: Final = (
-    delete(outbox)
+_UNCHANGED: Final = (
+    select(outbox.c.run_id)
     .where(outbox.c.run_id.in_(bindparam("ids", expanding=True)), outbox.c.available_at == bindparam("until"))
-    .returning(outbox.c.run_id)
+    .with_for_update()
 )
 #: Everybody locks runs before their outbox rows, several of them by id: no two transactions wait for each other.
 _LOCK: Final = (
@@ -108,11 +102,8 @@ def is_due(tx: Connection, app: str, now: datetime) -> bool:
 
 def take_due(tx: Connection, app: str, now: datetime, until: datetime, limit: int) -> list[Message]:
     """Reserve up to ``limit`` due messages until ``until``; others reserved at the same moment are passed over."""
-    rows = tx.execute(_DUE, {"app": app, "now": now, "limit": limit}).mappings()
-    found = [Message(**values_of(row), reserved_until=until) for row in rows]
-    if found:
-        tx.execute(_RESERVE, {"ids": [item.run_id for item in found], "until": until})
-    return found
+    ids = list(tx.execute(_DUE, {"app": app, "now": now, "limit": limit}).scalars())
+    return take_these(tx, ids, until) if ids else []
 
 
 def take_these(tx: Connection, ids: list[str], until: datetime) -> list[Message]:
@@ -130,7 +121,7 @@ def published(tx: Connection, messages: list[Message], now: datetime) -> None:
         tx.execute(_LOCK, {"ids": [item.run_id for item in messages]}).all()
     for until in {item.reserved_until for item in messages}:
         ids = [item.run_id for item in messages if item.reserved_until == until]
-        sent = list(tx.execute(_SENT, {"ids": ids, "until": until}).scalars())
+        sent = _take_out(tx, ids, until)
         if sent:
             tx.execute(_PUBLISHED, {"ids": sent, "now": now})
 
@@ -144,8 +135,7 @@ def put_pending(tx: Connection, run_id: str, now: datetime) -> None:
 
 def take_back(tx: Connection, message: Message) -> bool:
     """Owe nothing for a taken message any more; says no where it was put into the outbox again since."""
-    values = {"ids": [message.run_id], "until": message.reserved_until}
-    return tx.execute(_SENT, values).first() is not None
+    return bool(_take_out(tx, [message.run_id], message.reserved_until))
 
 
 def deliver(tx: Connection, app: str, run_id: str, now: datetime) -> None:
@@ -165,3 +155,10 @@ def remove(tx: Connection, ids: list[str]) -> None:
     """Nothing is owed for these runs any more."""
     if ids:
         tx.execute(_REMOVE, {"ids": ids})
+
+
+def _take_out(tx: Connection, ids: list[str], until: datetime) -> list[str]:
+    """Remove those of these messages that are still reserved until ``until``; returns their ids."""
+    unchanged = list(tx.execute(_UNCHANGED, {"ids": ids, "until": until}).scalars())
+    remove(tx, unchanged)
+    return unchanged

@@ -9,7 +9,8 @@ from typing import Final
 
 from sqlalchemy import Connection, RowMapping, bindparam, delete, select, update
 
-from llmtasks.store.rows import insert_into, processes, values_of
+from llmtasks.store.dialects import insert_or_change
+from llmtasks.store.rows import processes, values_of
 
 #: A process that is silent for this long is forgotten.
 FORGET_AFTER: Final = timedelta(hours=1)
@@ -60,9 +61,8 @@ def stamp(tx: Connection, process: Process, *, anew: bool = False) -> None:
         if tx.execute(update(processes).where(processes.c.id == process.id).values(signs)).rowcount:
             return
     row |= {name: json.dumps(row[name]) for name in _LISTS}
-    statement = insert_into(processes, tx.dialect.name).values(row)
-    changes = {name: statement.excluded[name] for name in row if name not in {"id", "started_at"}}
-    tx.execute(statement.on_conflict_do_update(index_elements=["id"], set_=changes))
+    changes = row.keys() - {"id", "started_at"}
+    tx.execute(insert_or_change(processes, tx.dialect.name, "id", sorted(changes)).values(row))
 
 
 def leave(tx: Connection, process_id: str) -> None:

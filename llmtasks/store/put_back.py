@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import Connection, and_, func, or_, select, update
+from sqlalchemy import Connection, and_, exists, func, or_, select, update
 
 from llmtasks.states import RunState, ScheduleState
 from llmtasks.store.rows import outbox, processes, runs, schedules
@@ -47,14 +47,15 @@ def forget_the_lost_time(tx: Connection, app: str, before: datetime, patience: t
         for run_id in ids:
             tx.execute(update(runs).where(runs.c.id == run_id).values({column: now}))
     # A first message that was asked for at a later time, after the step, keeps it.
-    known_before = or_(runs.c.created_at > now, runs.c.publications > 0, runs.c.attempts > 0)
+    known_before = exists().where(
+        runs.c.id == outbox.c.run_id, or_(runs.c.created_at > now, runs.c.publications > 0, runs.c.attempts > 0)
+    )
     owed = (
         select(outbox.c.run_id)
-        .join(runs, runs.c.id == outbox.c.run_id)
         .where(outbox.c.app == app, outbox.c.available_at > now, outbox.c.available_at <= before + patience)
         .where(known_before)
         .order_by(outbox.c.run_id)
-        .with_for_update(skip_locked=True, of=outbox)
+        .with_for_update(skip_locked=True)
     )
     for run_id in tx.execute(owed).scalars().all():
         tx.execute(update(outbox).where(outbox.c.run_id == run_id).values(available_at=now))

@@ -11,7 +11,8 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists,
 from llmtasks.message import DELIVER
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.rows import UtcDateTime, runs, state_in, values_of
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.rows import runs, state_in, values_of
 
 #: Rows that one keeper takes in one transaction.
 BATCH: Final = 200
@@ -111,18 +112,19 @@ def lose(
     tx.execute(
         update(runs)
         .where(these)
-        .values(
-            state=case((asked, RunState.CANCELLED.value), (last, RunState.FAILED.value), else_=again.value),
-            attempts=runs.c.attempts + 1,
-            losses=runs.c.losses + 1,
-            owner=None,
-            heartbeat_at=None,
-            ended_at=case((or_(asked, last), literal(now, UtcDateTime())), else_=null()),
-            next_attempt_at=None if delay is None else now + delay,
-            error=error,
-            failure=failure,
-            reason=case((asked, runs.c.reason), else_=error),
-            delivered=False,
+        .ordered_values(
+            (runs.c.state, case((asked, RunState.CANCELLED.value), (last, RunState.FAILED.value), else_=again.value)),
+            (runs.c.ended_at, case((or_(asked, last), literal(now, UtcDateTime())), else_=null())),
+            # After what looks at it: MariaDB sets one column after the other.
+            (runs.c.attempts, runs.c.attempts + 1),
+            (runs.c.losses, runs.c.losses + 1),
+            (runs.c.owner, None),
+            (runs.c.heartbeat_at, None),
+            (runs.c.next_attempt_at, None if delay is None else now + delay),
+            (runs.c.error, error),
+            (runs.c.failure, failure),
+            (runs.c.reason, case((asked, runs.c.reason), else_=error)),
+            (runs.c.delivered, False),
         )
     )
     rows = tx.execute(select(runs.c.id, runs.c.app, runs.c.state).where(runs.c.id.in_(lost))).all()
@@ -185,7 +187,8 @@ def send_ends(tx: Connection, app: str, silent_since: datetime, now: datetime) -
     if untold:
         # From the first time on, what is counted are the publications of the end.
         told_before = case((runs.c.delivery_sent_at.is_(None), 0), else_=runs.c.publications)
-        tx.execute(update(runs).where(runs.c.id.in_(untold)).values(delivery_sent_at=now, publications=told_before))
+        sent = [(runs.c.publications, told_before), (runs.c.delivery_sent_at, now)]
+        tx.execute(update(runs).where(runs.c.id.in_(untold)).ordered_values(*sent))
         outbox.put(tx, app, untold, now, DELIVER)
     return untold
 

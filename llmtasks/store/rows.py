@@ -1,63 +1,32 @@
-"""The tables. One row type per idea of the design; instants are UTC and refuse naive values."""
+"""The tables. One row type per idea of the design."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
     ColumnElement,
-    DateTime,
-    Dialect,
-    Float,
+    Double,
     Index,
     Integer,
     MetaData,
     RowMapping,
     String,
     Table,
-    Text,
-    TypeDecorator,
-    false,
     literal_column,
     text,
 )
 
 from llmtasks.states import RunState
-
-if TYPE_CHECKING:
-    from sqlalchemy.dialects import postgresql, sqlite
+from llmtasks.store.columns import LongText, UtcDateTime
 
 #: The revision in migrations/versions that creates exactly these tables.
 SCHEMA_VERSION: Final = "0005"
 VERSION_TABLE: Final = "llmtasks_version"
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """A UTC instant: naive datetimes are refused on the way in and never come out."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuse naive values; turn the rest to UTC."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError(f"naive datetime {value!r}: expected one with a time zone")
-        return value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Put UTC back where the database does not keep it."""
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
 #: The conditions of partial indexes are in the migrations only: here they would load every dialect at import.
 metadata: Final = MetaData()
 
@@ -71,8 +40,8 @@ schedules: Final = Table(
     #: "app:name" of a schedule declared in code, which is unique; NULL for those created by Task.
     Column("declared_key", String(301), unique=True),
     Column("func_name", String(200), nullable=False),
-    Column("args", Text, nullable=False),
-    Column("kwargs", Text, nullable=False),
+    Column("args", LongText, nullable=False),
+    Column("kwargs", LongText, nullable=False),
     #: once, interval or cron.
     Column("kind", String(10), nullable=False),
     Column("expression", String(1000)),
@@ -81,9 +50,9 @@ schedules: Final = Table(
     #: The grid's origin of an interval, the instant of a one-off.
     Column("anchor", UtcDateTime),
     #: JSON object: priority, timeout, max_retries, max_instances, queue and the policies, as given.
-    Column("options", Text, nullable=False),
+    Column("options", LongText, nullable=False),
     Column("state", String(12), nullable=False),
-    Column("reason", Text),
+    Column("reason", LongText),
     #: NULL unless the schedule is active and will fire.
     Column("next_run_at", UtcDateTime),
     Column("last_run_at", UtcDateTime),
@@ -92,7 +61,7 @@ schedules: Final = Table(
     #: Runs that its instants got, which max_runs limits.
     Column("fired", Integer, nullable=False, server_default=text("0")),
     #: The function is a plain Celery task of the app's own: its runs end when they are published.
-    Column("handed", Boolean, nullable=False, server_default=false()),
+    Column("handed", Boolean, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
     #: Since when it is paused; NULL in every other state.
@@ -115,11 +84,11 @@ runs: Final = Table(
     Column("schedule_id", String(36)),
     Column("scheduled_for", UtcDateTime),
     Column("state", String(12), nullable=False),
-    Column("reason", Text),
-    Column("args", Text),
-    Column("kwargs", Text),
+    Column("reason", LongText),
+    Column("args", LongText),
+    Column("kwargs", LongText),
     #: JSON object with what sending the message again needs beside args and kwargs; NULL once delivered.
-    Column("envelope", Text),
+    Column("envelope", LongText),
     Column("queue", String(200)),
     Column("priority", Integer, nullable=False),
     #: max_instances of the function and of the schedule; NULL is no limit.
@@ -131,7 +100,7 @@ runs: Final = Table(
     Column("losses", Integer, nullable=False, server_default=text("0")),
     #: NULL until a worker that knows the function claims the run.
     Column("max_retries", Integer),
-    Column("retry_delay", Float),
+    Column("retry_delay", Double),
     Column("next_attempt_at", UtcDateTime),
     #: Raised by every claim; fences every later write of that claim.
     Column("claim_no", Integer, nullable=False, server_default=text("0")),
@@ -145,18 +114,18 @@ runs: Final = Table(
     Column("attempt_started_at", UtcDateTime),
     Column("ended_at", UtcDateTime),
     #: Seconds of the last attempt.
-    Column("run_seconds", Float),
-    Column("cpu_seconds", Float),
+    Column("run_seconds", Double),
+    Column("cpu_seconds", Double),
     #: Bytes.
     Column("peak_memory", BigInteger),
-    Column("result", Text),
+    Column("result", LongText),
     #: One line: the error's type and message.
-    Column("error", Text),
+    Column("error", LongText),
     #: JSON: the error as Celery's backends keep it, to raise it again.
-    Column("failure", Text),
-    Column("traceback", Text),
+    Column("failure", LongText),
+    Column("traceback", LongText),
     #: The end has reached Celery: result stored, links and chord told. False while the run is live.
-    Column("delivered", Boolean, nullable=False, server_default=false()),
+    Column("delivered", Boolean, nullable=False),
     #: When the keeper last sent the end for delivery.
     Column("delivery_sent_at", UtcDateTime),
     Column("callback_calls", Integer, nullable=False, server_default=text("0")),
@@ -164,15 +133,16 @@ runs: Final = Table(
     #: How many missed instants this run stands for, itself included.
     Column("stands_for", Integer, nullable=False, server_default=text("1")),
     #: Somebody asked for this instant afterwards: the overlap policy neither counts nor touches it.
-    Column("backfilled", Boolean, nullable=False, server_default=false()),
+    #: Its default is spelled as every database takes it and says it back.
+    Column("backfilled", Boolean, nullable=False, server_default=text("'0'")),
     #: JSON of the signature that takes this run's place until it is published.
-    Column("replacement", Text),
+    Column("replacement", LongText),
     # One run for each instant. The migration leaves rows out of indexes that hold nothing for them: claims write less.
     Index("uq_llmtasks_runs_instant", "schedule_id", "scheduled_for", unique=True),
-    # What keepers look at: rows leave this index for ever when their end is delivered.
-    Index("ix_llmtasks_runs_open", "app", "state"),
-    # Only what beat's ticks ask for is in this one: runs of schedules, until their end is delivered.
-    Index("ix_llmtasks_runs_unfinished", "schedule_id"),
+    # What keepers look at: rows leave this index for ever when their end is delivered. MariaDB's keeps them.
+    Index("ix_llmtasks_runs_open", "app", "delivered", "state"),
+    # Only what beat's ticks ask for is in this one, or in front: runs of schedules, until their end is delivered.
+    Index("ix_llmtasks_runs_unfinished", "schedule_id", "delivered"),
     Index("ix_llmtasks_runs_created", "app", "created_at"),
     Index("ix_llmtasks_runs_ended", "app", "ended_at"),
 )
@@ -225,15 +195,15 @@ processes: Final = Table(
     Column("concurrency", Integer),
     Column("started_at", UtcDateTime, nullable=False),
     Column("heartbeat_at", UtcDateTime, nullable=False),
-    Column("cpu_percent", Float),
+    Column("cpu_percent", Double),
     #: Bytes, children included.
     Column("memory", BigInteger),
     #: JSON list: the names of code-declared schedules that this beat knows.
-    Column("declared", Text),
+    Column("declared", LongText),
     #: JSON list: the names of the task functions that this process can run, or, a beat, can fire.
-    Column("functions", Text),
+    Column("functions", LongText),
     #: Seconds by which the clock of its host is ahead of the database's.
-    Column("clock_offset", Float),
+    Column("clock_offset", Double),
 )
 
 
@@ -250,7 +220,7 @@ totals: Final = Table(
     Column("retries", Integer, nullable=False),
     Column("losses", Integer, nullable=False),
     #: Of the last attempts together, and how many of them were timed.
-    Column("run_seconds", Float, nullable=False),
+    Column("run_seconds", Double, nullable=False),
     Column("timed", Integer, nullable=False),
 )
 
@@ -266,32 +236,6 @@ summed: Final = Table(
 def state_in(states: Iterable[RunState]) -> ColumnElement[bool]:
     """Whether a run is in one of ``states``, spelled out: a bound list cannot be used with many rows of parameters."""
     return runs.c.state.in_([literal_column(f"'{state}'") for state in sorted(states)])
-
-
-def insert_into(table: Table, dialect: str) -> postgresql.Insert | sqlite.Insert:
-    """An INSERT that knows ON CONFLICT, which each dialect spells by itself, and says how many rows it made."""
-    # Only the dialect in use: PostgreSQL's alone takes 25 ms and 3 MB to import.
-    if dialect == "postgresql":
-        from sqlalchemy.dialects import postgresql
-
-        return postgresql.insert(table).execution_options(preserve_rowcount=True)
-    from sqlalchemy.dialects import sqlite
-
-    return sqlite.insert(table).execution_options(preserve_rowcount=True)
-
-
-class PerDialect:
-    """A statement that each dialect spells by itself, by the dialect's name; built when it is used first."""
-
-    def __init__(self, build: Callable[[str], Any]) -> None:
-        self._build = build
-        self._built: dict[str, Any] = {}
-
-    def __getitem__(self, dialect: str) -> Any:
-        found = self._built.get(dialect)
-        if found is None:
-            found = self._built[dialect] = self._build(dialect)
-        return found
 
 
 def values_of(row: RowMapping) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from sqlalchemy import Connection, RowMapping, and_, bindparam, select, update
 
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.rows import PerDialect, insert_into, runs, values_of
+from llmtasks.store.dialects import PerDialect, insert_if_new
+from llmtasks.store.rows import runs, values_of
 from llmtasks.uniqueness import Unique
 
 
@@ -109,7 +110,7 @@ _OPENED: Final = (
 
 _NEW: Final[dict[str, Any]] = {name: bindparam(name) for name in _OPENED}
 #: Leaves an existing row, by id or by instant, as it is.
-_INSERT: Final = PerDialect(lambda dialect: insert_into(runs, dialect).values(_NEW).on_conflict_do_nothing())
+_INSERT: Final = PerDialect(lambda dialect: insert_if_new(runs, dialect).values(_NEW))
 
 
 def open_run(tx: Connection, new: NewRun, now: datetime, available_at: datetime | None = None) -> bool:

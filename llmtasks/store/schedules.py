@@ -12,7 +12,9 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, select, text, u
 
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
 from llmtasks.states import ScheduleState
-from llmtasks.store.rows import UtcDateTime, insert_into, schedules
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.dialects import by_index, insert_if_new
+from llmtasks.store.rows import schedules
 from llmtasks.triggers import Cron, Interval, Once, Trigger
 
 #: What instants are counted in.
@@ -117,12 +119,14 @@ def trigger_columns(trigger: Trigger) -> dict[str, Any]:
 
 
 _NAMES: Final = schedules.columns.keys()
-_DUE: Final = (
+_DUE: Final = by_index(
     select(schedules)
     .where(schedules.c.app == bindparam("app"), schedules.c.next_run_at <= bindparam("now"))
     .order_by(schedules.c.next_run_at)
     .limit(bindparam("limit"))
-    .with_for_update(skip_locked=True)
+    .with_for_update(skip_locked=True),
+    schedules,
+    "ix_llmtasks_schedules_due",
 )
 _NEXT: Final = (
     select(schedules.c.next_run_at)
@@ -233,7 +237,7 @@ def put(tx: Connection, schedule: Schedule, now: datetime) -> Schedule:
     row = _to_row(replace(schedule, created_at=schedule.created_at or now, updated_at=now))
     changed = tx.execute(update(schedules).where(schedules.c.id == schedule.id).values(row)).rowcount
     if not changed:
-        tx.execute(insert_into(schedules, tx.dialect.name).values(row).on_conflict_do_nothing())
+        tx.execute(insert_if_new(schedules, tx.dialect.name).values(row))
     _tell_beats(tx)
     return from_row(tx.execute(select(schedules).where(schedules.c.id == schedule.id)).one())
 

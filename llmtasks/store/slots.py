@@ -10,7 +10,8 @@ from sqlalchemy import Connection, bindparam, delete, select, update
 
 from llmtasks.states import RunState
 from llmtasks.store import outbox
-from llmtasks.store.rows import PerDialect, insert_into, runs, slots
+from llmtasks.store.dialects import PerDialect, insert_if_new
+from llmtasks.store.rows import runs, slots
 
 #: How many waiting runs are looked at for one freed slot; those before it in line lack another slot.
 CANDIDATES: Final = 20
@@ -21,7 +22,7 @@ _FREE: Final = delete(slots).where(slots.c.run_id == bindparam("run_id"))
 
 _HELD: Final = select(slots.c.scope).where(slots.c.run_id == bindparam("run_id"))
 _ROW: Final[dict[str, Any]] = {column.name: bindparam(column.name) for column in slots.columns}
-_PUT: Final = PerDialect(lambda dialect: insert_into(slots, dialect).values(_ROW).on_conflict_do_nothing())
+_PUT: Final = PerDialect(lambda dialect: insert_if_new(slots, dialect).values(_ROW))
 #: Waiting runs of a scope, in line.
 _WAITING: Final = (
     select(runs.c.id, runs.c.app, runs.c.func_name, runs.c.function_slots, runs.c.schedule_id, runs.c.schedule_slots)

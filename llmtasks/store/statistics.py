@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Row, bindparam, case, func, select
 from sqlalchemy.sql.elements import ColumnElement
 
 from llmtasks.states import ENDED, LIVE, RunState, ScheduleState
-from llmtasks.store.rows import UtcDateTime, runs, schedules
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.rows import runs, schedules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,10 @@ from typing import Any, Final
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from llmtasks.store import statistics
+from llmtasks.store.columns import UtcDateTime
 from llmtasks.store.database import Database
-from llmtasks.store.rows import PerDialect, UtcDateTime, insert_into, runs, summed, totals
+from llmtasks.store.dialects import PerDialect, insert_or_lock
+from llmtasks.store.rows import runs, summed, totals
 from llmtasks.store.statistics import Count
 
 HOUR: Final = timedelta(hours=1)
@@ -37,9 +39,7 @@ _FIRST_ENDED: Final = (
     .limit(1)
 )
 _BEGIN: Final = PerDialect(
-    lambda dialect: (
-        insert_into(summed, dialect).values(app=bindparam("app"), until=bindparam("until")).on_conflict_do_nothing()
-    )
+    lambda dialect: insert_or_lock(summed, dialect, "app").values(app=bindparam("app"), until=bindparam("until"))
 )
 _MOVE: Final = (
     update(summed)

@@ -10,7 +10,8 @@ from sqlalchemy import Connection, bindparam, select, update
 from llmtasks.message import Message
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.rows import UtcDateTime, runs, state_in
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.rows import runs, state_in
 
 _ID: Final = runs.c.id == bindparam("run_id")
 _LOCK: Final = select(runs.c.id).where(_ID).with_for_update()

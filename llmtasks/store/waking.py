@@ -1,6 +1,7 @@
 """Waking: beat sleeps until its next schedule is due, or until somebody changes the schedules.
 
 PostgreSQL tells at the moment of the commit. SQLite says for next to nothing whether anybody has written since.
+MariaDB does neither: there beat looks at the schedules four times a second.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from llmtasks.errors import LLMTasksError
 from llmtasks.store.database import Database
+from llmtasks.store.dialects import MARIADB
 from llmtasks.store.lone import Lone, driver_errors
 from llmtasks.store.schedules import CHANNEL
 
@@ -28,6 +30,7 @@ class Waking:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._polls = database.url.get_backend_name() in MARIADB
         self._lone: Lone | None = None
         #: SQLite's data_version when it was looked at last: it counts the commits of other connections.
         self._version = 0
@@ -37,6 +40,9 @@ class Waking:
 
         Whoever uses the database next learns that it is away.
         """
+        if self._polls:
+            time.sleep(min(seconds, POLL))
+            return
         try:
             if self._lone is None:
                 self._open()  # what changed before is not told: the caller looks once more
@@ -59,16 +65,14 @@ class Waking:
         with driver_errors(lone.dialect):
             if lone.dialect.name == "postgresql":
                 lone.execute(f"LISTEN {CHANNEL}", None)
-            elif lone.dialect.name == "sqlite":
+            else:
                 self._version = _data_version(lone)
 
     def _sleep(self, lone: Lone, seconds: float) -> None:
         if lone.dialect.name == "sqlite":
             self._probe(lone, seconds)
-        elif lone.dialect.name == "postgresql":
-            self._listen(lone, seconds)
         else:
-            time.sleep(min(seconds, POLL))
+            self._listen(lone, seconds)
 
     def _probe(self, lone: Lone, seconds: float) -> None:
         deadline = time.monotonic() + seconds

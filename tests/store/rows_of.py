@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import select, text, update
+from sqlalchemy import select, update
 
 from llmtasks.states import RunState
 from llmtasks.store import claims, ends, outbox, rows, runs
@@ -170,17 +170,6 @@ def schedule(schedule_id: str = "", **changes: Any) -> Schedule:
         "next_run_at": NOW,
     }
     return Schedule(**{**values, **changes})
-
-
-def end_connections(url: str) -> None:
-    """End every connection to a database, as a restart of its server does."""
-    other = Database(url)
-    with other.reading() as connection:
-        query = (
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name AND pid <> pg_backend_pid()"
-        )
-        connection.execute(text(query), {"name": other.url.database})
-    other.close()
 
 
 def all_at_once(work: Callable[[Any], T], items: Iterable[Any]) -> list[T]:

@@ -189,6 +189,25 @@ def test_text_that_a_database_refuses_is_spelled_out(database: Database) -> None
     assert (row.error, row.traceback, row.reason) == ("bad \\0 byte", "\\udcff", "a\\0")
 
 
+def test_long_texts_of_every_alphabet_are_kept_whole(database: Database) -> None:
+    """Arguments and results of some hundred kilobytes, of characters of four bytes too, come back as they were."""
+    long = '"' + "龍💥" * 50_000 + '"'
+    claim = held(database, "a", args=f"[{long}]")
+
+    ended(database, claim, RunState.FAILED, result=long, error="💥", failure=long, traceback=long)
+
+    row = row_of(database, "a")
+    assert (row.args, row.result, row.failure, row.traceback) == (f"[{long}]", long, long, long)
+    assert row.error == "💥"
+
+
+def test_ids_that_differ_by_case_are_two_runs(database: Database) -> None:
+    """Whatever a server thinks of letters by default."""
+    upper, lower = held(database, "A"), held(database, "a")
+
+    assert (upper.id, lower.id) == ("A", "a")
+
+
 def test_retrying_run_keeps_the_time_of_its_next_attempt(database: Database) -> None:
     """The attempt counts, nobody holds the run, and it has not ended; changed arguments take effect."""
     claim = held(database, "a")

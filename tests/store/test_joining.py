@@ -14,6 +14,7 @@ from llmtasks import Task, task_registry
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
 from llmtasks.store.database import Database, database_at
 from llmtasks.store.joining import joined
+from tests.conftest import on
 
 FUNCTION = "tests.joining.sync_emails"
 
@@ -109,6 +110,7 @@ def test_session_on_a_connection_joins_too(app: celery.Celery, database_url: str
     assert not exists(task)
 
 
+@on("sqlite", "postgresql")  # PyMySQL is not async
 async def test_async_session_joins(app: celery.Celery, database_url: str) -> None:
     """Commit and rollback of an AsyncSession decide as those of a Session do."""
     engine = create_async_engine(database_url.replace("sqlite://", "sqlite+aiosqlite://"))
@@ -145,6 +147,8 @@ async def test_session_on_another_database_is_refused(app: celery.Celery, databa
         ("postgresql+psycopg://me@localhost/x", "postgresql://you:pw@127.0.0.1:5432/x"),
         ("postgresql://me@db.example/x", "postgresql+asyncpg://me@db.example:5432/x"),
         ("postgresql:///x?host=/run/pg", "postgresql+psycopg://me@/x?host=/run/pg"),
+        ("mysql+pymysql://me@localhost/x", "mariadb+mariadbconnector://you:pw@127.0.0.1:3306/x"),
+        ("mysql+pymysql:///x?unix_socket=/run/db", "mysql://me@localhost/x?unix_socket=/run/db"),
     ],
 )
 def test_same_server_is_recognised_however_it_is_written(ours: str, theirs: str) -> None:

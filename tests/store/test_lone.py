@@ -13,13 +13,12 @@ from llmtasks.store.claims import Claim
 from llmtasks.store.database import Database
 from llmtasks.store.ends import End
 from llmtasks.store.pinging import IDLE
-from tests.servers import PostgreSQL
+from tests.servers import DatabaseServer
 from tests.store.rows_of import (
     LEASE,
     NOW,
     all_at_once,
     claimed_in_transaction,
-    end_connections,
     ended,
     held,
     later,
@@ -141,21 +140,20 @@ def test_locked_file_is_unavailable_to_one_statement(tmp_path: Path, monkeypatch
     second.close()
 
 
-@pytest.mark.postgresql
-def test_one_statement_survives_a_restart_of_its_server(postgresql_server: PostgreSQL) -> None:
+def test_one_statement_survives_a_restart_of_its_server(database_server: DatabaseServer) -> None:
     """Connections that the server ended are an outage where they are in use, and are replaced where they lay idle."""
-    url = postgresql_server.create_database()
+    url = database_server.create_database()
     database = Database(url)
     database.migrate()
     assert claimed_alone(database, "a") is not None
 
-    end_connections(url)
+    database_server.cut(url)
     with pytest.raises(DatabaseUnavailableError):
         claimed_alone(database, "b")
     assert claimed_alone(database, "b") is not None
 
-    end_connections(url)
+    database_server.cut(url)
     database._lones._idle[:] = [(lone, since - IDLE) for lone, since in database._lones._idle]
     assert claimed_alone(database, "c") is not None
     database.close()
-    postgresql_server.drop_database(url)
+    database_server.drop_database(url)

@@ -1,20 +1,36 @@
 """Migrations: up, down and up again, from many processes at once, and exactly the tables that the code knows."""
 
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import event, exc, inspect, text
 
 from llmtasks.states import RunState
 from llmtasks.store import outbox, overlaps, rows, runs, schedules, uniqueness
 from llmtasks.store.database import Database
 from llmtasks.uniqueness import Unique, rule_of
-from tests.servers import PostgreSQL
+from tests.conftest import DATABASES, SERVERS, empty_database, on, parameters
 from tests.store.rows_of import APP, NOW, held, new_run, opened, owed, schedule
+
+
+@pytest.fixture(params=parameters(DATABASES))
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The SQLAlchemy URL of an empty database, of which nothing is used again."""
+    yield from empty_database(request, tmp_path)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A database that has just been migrated."""
+    database = Database(database_url)
+    database.migrate()
+    yield database
+    database.close()
 
 
 def tables(database: Database) -> set[str]:
@@ -110,18 +126,15 @@ def test_six_processes_that_start_at_once_share_a_new_file(tmp_path: Path) -> No
     database.close()
 
 
-@pytest.mark.postgresql
-def test_migrations_at_once_on_a_server_wait_for_each_other(postgresql_server: PostgreSQL) -> None:
+@on(*SERVERS)
+def test_migrations_at_once_on_a_server_wait_for_each_other(database_url: str) -> None:
     """Several deployments may migrate at the same moment."""
-    url = postgresql_server.create_database()
+    assert _at_once(database_url, 3, migrate=True) == [""] * 3
 
-    assert _at_once(url, 3, migrate=True) == [""] * 3
-
-    database = Database(url)
+    database = Database(database_url)
     with database.transaction() as tx:
         assert len(outbox.take_due(tx, APP, NOW, NOW, 10)) == 3
     database.close()
-    postgresql_server.drop_database(url)
 
 
 def test_rows_of_the_first_version_keep_their_meaning(database: Database) -> None:
@@ -131,11 +144,12 @@ def test_rows_of_the_first_version_keep_their_meaning(database: Database) -> Non
     named = ("id", "app", "name", "func_name", "kind", "state", "created_at", "next_run_at")
     every = schedule("s", options={"misfire": "all"})
     texts = {"args": "[]", "kwargs": "{}", "options": '{"misfire": "all"}', "every_us": 60_000_000, "anchor": NOW}
-    values = {name: getattr(every, name) for name in named} | texts | {"created_at": NOW, "updated_at": NOW}
+    values = {name: getattr(every, name) for name in named} | texts
+    values |= {"created_at": NOW, "updated_at": NOW, "handed": False}
     run = {
         name: getattr(new_run("a"), name) for name in ("id", "app", "func_name", "name", "args", "kwargs", "priority")
     }
-    run |= {"state": "running", "created_at": NOW, "schedule_id": "s", "scheduled_for": NOW}
+    run |= {"state": "running", "created_at": NOW, "schedule_id": "s", "scheduled_for": NOW, "delivered": False}
     with database._open_engine().execution_options(write=True).begin() as connection:
         connection.execute(rows.schedules.insert().inline().values(values))
         connection.execute(rows.runs.insert().inline().values(run))
@@ -179,3 +193,80 @@ def test_keys_come_and_go_with_data(database: Database) -> None:
         assert kept.state is RunState.PENDING
         assert uniqueness.open_run(tx, new_run("b", unique=unique), NOW).is_new
         assert uniqueness.open_run(tx, new_run("c", unique=unique), NOW).run.id == "b"
+
+
+@on("mariadb")
+def test_interrupted_migration_is_repeated(database: Database) -> None:
+    """A server that commits each change of a table may keep a part of a migration: the next one begins again."""
+    with database.transaction() as tx:
+        tx.execute(text(f"DELETE FROM {rows.VERSION_TABLE}"))
+        tx.execute(text("ALTER TABLE llmtasks_runs DROP INDEX ix_llmtasks_runs_open"))
+        tx.execute(text("DROP TABLE llmtasks_slots"))
+
+    database.migrate()
+
+    test_migrated_database_is_what_the_code_knows(database)
+
+
+def changes_of(database: Database, target: str, interrupted_after: int = 1_000) -> int:
+    """Migrate, and stop with an error after so many changes of tables; returns how many there were."""
+    made = 0
+
+    def count(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        nonlocal made
+        if statement.lstrip().startswith(("CREATE", "ALTER", "DROP")):
+            if made == interrupted_after:
+                raise InterruptedError
+            made += 1
+
+    engine = database._open_engine()
+    event.listen(engine, "before_cursor_execute", count)
+    try:
+        database.migrate(target)
+    finally:
+        event.remove(engine, "before_cursor_execute", count)
+    return made
+
+
+@on("mariadb")
+def test_migration_of_rows_may_be_interrupted_after_every_change(database: Database) -> None:
+    """Up from the first version and down to it, with a run that stays as it was."""
+    opened(database, new_run("a", schedule_id="s", scheduled_for=NOW))
+    down = changes_of(database, "0001")
+    up = changes_of(database, "head")
+    assert min(down, up) >= 10
+
+    for after in range(max(down, up)):
+        with pytest.raises(InterruptedError):
+            changes_of(database, "0001", min(after, down - 1))
+        changes_of(database, "0001")
+        with pytest.raises(InterruptedError):
+            changes_of(database, "head", min(after, up - 1))
+        database.migrate()
+
+    test_migrated_database_is_what_the_code_knows(database)
+    assert owed(database) == {"a": "run"}
+
+
+@on("mariadb")
+def test_interrupted_migration_back_is_repeated(database: Database) -> None:
+    """Tables that are gone already are no obstacle."""
+    with database.transaction() as tx:
+        tx.execute(text("DROP TABLE llmtasks_outbox"))
+
+    database.migrate("base")
+
+    assert tables(database) == {rows.VERSION_TABLE}
+
+
+@on("mariadb")
+def test_migration_drops_no_row(database: Database) -> None:
+    """Tables that hold rows are in use, whatever became of the version: the migration fails and says what is there."""
+    opened(database, new_run("a"))
+    with database.transaction() as tx:
+        tx.execute(text(f"DROP TABLE {rows.VERSION_TABLE}"))
+
+    with pytest.raises(exc.DBAPIError, match="'llmtasks_outbox' already exists"):
+        database.migrate()
+
+    assert owed(database) == {"a": "run"}

@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import insert
 
 from llmtasks.states import ENDED, LIVE, RunState
-from llmtasks.store import outbox, overlaps, runs, uncovered
+from llmtasks.store import outbox, overlaps, rows, runs, uncovered
 from llmtasks.store.database import Database
 from llmtasks.store.overlaps import Unfinished
+from tests.store.plans import analyze, plan_of
 from tests.store.rows_of import (
     NOW,
     ended,
@@ -59,16 +60,22 @@ def test_one_question_answers_for_many_schedules(database: Database) -> None:
 
 
 def test_unfinished_runs_are_found_by_their_index(database: Database) -> None:
-    """However long the ledger: rows are in the index from their opening to the delivery of their end."""
+    """However long the ledger: what is read there are rows between their opening and the delivery of their end."""
+    opened(database, of("one", "a", 0))
+    row = row_of(database, "a")._asdict()
+    over = {"state": RunState.SUCCEEDED, "delivered": True}
+    with database.transaction() as tx:
+        many = [row | over | {"id": f"r{n}", "scheduled_for": later(-60 * n - 60)} for n in range(2_000)]
+        tx.execute(insert(rows.runs), many)
+    analyze(database, "llmtasks_runs")
+
     with database.transaction() as tx:
         asked = overlaps._OLDEST.params(ids=["one", "two"])
-        statement = asked.compile(dialect=tx.dialect, compile_kwargs={"literal_binds": True})
-        if not database.is_sqlite:
-            tx.execute(text("SET LOCAL enable_seqscan = off"))
-        explain = "EXPLAIN QUERY PLAN" if database.is_sqlite else "EXPLAIN"
-        plan = "\n".join(str(row[-1]) for row in tx.execute(text(f"{explain} {statement}")))
+        statement = str(asked.compile(dialect=tx.dialect, compile_kwargs={"literal_binds": True}))
+        plan = plan_of(tx, statement, None)
 
-    assert "ix_llmtasks_runs_unfinished" in plan
+    assert plan.indexes == {"ix_llmtasks_runs_unfinished"}, plan
+    assert "llmtasks_runs" not in plan.scanned, plan
 
 
 def test_unstarted_runs_are_cancelled_at_once_and_running_ones_asked(database: Database) -> None:

@@ -5,11 +5,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, text
+from sqlalchemy import event, insert
 
 from llmtasks.states import RunState
 from llmtasks.store import cancelling, outbox, rescue, rows
 from llmtasks.store.database import Database
+from tests.conftest import SERVERS, on
+from tests.store.plans import analyze, plan_of
 from tests.store.rows_of import (
     APP,
     LEASE,
@@ -85,13 +87,17 @@ def test_lost_run_with_a_cancel_request_is_cancelled(database: Database) -> None
     assert (row.state, row.reason, row.ended_at, row.delivered) == ("cancelled", "no longer wanted", later(13), False)
 
 
-@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+@on(*SERVERS)
+@pytest.mark.parametrize("zone", ["+09:00", "-05:00"])
 def test_zone_of_the_connection_shifts_nothing(database: Database, zone: str) -> None:
     """A server or user with a time zone of its own stores and returns the same instants."""
     held(database, "a", max_retries=0)
     with database.transaction() as tx:
-        if not database.is_sqlite:
-            tx.exec_driver_sql(f"SET LOCAL TIME ZONE '{zone}'")
+        local = {
+            "postgresql": f"SET LOCAL TIME ZONE INTERVAL '{zone}' HOUR TO MINUTE",
+            "mysql": f"SET time_zone = '{zone}'",
+        }
+        tx.exec_driver_sql(local[tx.dialect.name])
         rescue.lose_silent(tx, APP, later(1), later(13), "{}")
 
     assert row_of(database, "a").ended_at == later(13)
@@ -317,9 +323,7 @@ def test_keepers_do_not_read_what_is_over(database: Database) -> None:
     ]  # fmt: skip
     with database.transaction() as tx:
         tx.execute(insert(rows.runs), over)
-    if not database.is_sqlite:
-        with database.transaction() as tx:
-            tx.execute(text("ANALYZE llmtasks_runs"))
+    analyze(database, "llmtasks_runs")
     seen: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -338,10 +342,9 @@ def test_keepers_do_not_read_what_is_over(database: Database) -> None:
 
         assert len(seen) == 6
         for statement, parameters in seen:
-            explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN "
-            plan = "\n".join(str(line) for line in tx.exec_driver_sql(explain + statement, parameters))
-            assert "SCAN" not in plan, statement + plan
-            assert "Seq Scan on llmtasks_runs" not in plan, statement + plan
+            plan = plan_of(tx, statement, parameters)
+            assert "llmtasks_runs" not in plan.scanned, (statement, plan)
+            assert plan.indexes & {"ix_llmtasks_runs_open", "ix_llmtasks_outbox_available"}, (statement, plan)
 
 
 def work(database: Database, at: float) -> set[str]:

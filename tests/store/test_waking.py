@@ -10,8 +10,9 @@ from llmtasks.states import ScheduleState
 from llmtasks.store import schedules
 from llmtasks.store.database import Database
 from llmtasks.store.waking import POLL, Waking
-from tests.servers import PostgreSQL
-from tests.store.rows_of import NOW, end_connections, later, schedule
+from tests.conftest import on
+from tests.servers import DatabaseServer
+from tests.store.rows_of import NOW, later, schedule
 
 #: Nobody sleeps so long who was woken.
 LONG = 30.0
@@ -69,16 +70,15 @@ def test_nothing_wakes_where_nothing_changed(waking: Waking) -> None:
     assert all(0.1 <= slept(waking, 0.1) < SOON for _ in range(3))
 
 
-@pytest.mark.postgresql
-def test_server_that_goes_away_only_shortens_the_sleep(postgresql_server: PostgreSQL) -> None:
+def test_server_that_goes_away_only_shortens_the_sleep(database_server: DatabaseServer) -> None:
     """Its connection is gone: the sleep ends early, never with an error, and later changes wake again."""
-    url = postgresql_server.create_database()
+    url = database_server.create_database()
     database = Database(url)
     database.migrate()
     waking = Waking(database)
     waking.sleep(LONG)
 
-    end_connections(url)
+    database_server.cut(url)
     assert slept(waking, LONG) < SOON
     waking.sleep(POLL)
     put(database)
@@ -86,17 +86,12 @@ def test_server_that_goes_away_only_shortens_the_sleep(postgresql_server: Postgr
 
     waking.close()
     database.close()
-    postgresql_server.drop_database(url)
+    database_server.drop_database(url)
 
 
-@pytest.mark.postgresql
-def test_sleep_that_cannot_listen_closes_its_connection(
-    postgresql_server: PostgreSQL, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@on("postgresql")
+def test_sleep_that_cannot_listen_closes_its_connection(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that refuses LISTEN costs no connection at each try, and the sleep still ends without an error."""
-    url = postgresql_server.create_database()
-    database = Database(url)
-    database.migrate()
     monkeypatch.setattr("llmtasks.store.waking.CHANNEL", "no channel's name")
     waking = Waking(database)
 
@@ -104,5 +99,3 @@ def test_sleep_that_cannot_listen_closes_its_connection(
         waking.sleep(0.01)
 
     assert waking._lone is None
-    database.close()
-    postgresql_server.drop_database(url)

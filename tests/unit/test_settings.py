@@ -103,6 +103,8 @@ def test_results_are_kept_in_the_broker_where_it_can(broker: str, results: str) 
         ("postgresql://me@h/x", "postgresql+psycopg://me@h/x"),
         ("postgres://me@h/x", "postgresql+psycopg://me@h/x"),
         ("postgresql+psycopg2://me@h/x", "postgresql+psycopg2://me@h/x"),
+        ("mysql://me@h/x", "mysql+pymysql://me@h/x"),
+        ("mariadb://me@h/x", "mysql+pymysql://me@h/x"),
         ("sqlite:////x.db", "sqlite:////x.db"),
     ],
 )

@@ -9,8 +9,15 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, text
 
+from llmtasks.errors import DatabaseUnavailableError
+from llmtasks.store.dialects import MARIADB
+
 #: An arbitrary number that only llmtasks' migrations lock (PostgreSQL advisory locks).
 ADVISORY_LOCK: Final = 7_162_340_001
+#: Seconds that a migration of MariaDB waits for another one.
+LOCK_PATIENCE: Final = 600
+#: The names of MariaDB's locks are the server's, not the database's.
+_LOCK: Final = text("SELECT GET_LOCK(CONCAT('llmtasks:', MD5(DATABASE())), :seconds)")
 
 
 def configuration(connection: Connection | None = None) -> Config:
@@ -23,9 +30,20 @@ def configuration(connection: Connection | None = None) -> Config:
 
 
 def lock(connection: Connection) -> None:
-    """Wait until no other process migrates; held until the transaction ends. BEGIN IMMEDIATE holds SQLite's."""
+    """Wait until no other process migrates; held until the connection is given back. BEGIN IMMEDIATE locks SQLite.
+
+    Raises:
+        DatabaseUnavailableError: Another process held MariaDB's lock for too long.
+    """
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
+    if connection.dialect.name in MARIADB:
+        # A change of a table ends a transaction there: the lock is the connection's, and goes when that is closed.
+        connection.detach()
+        if not connection.execute(_LOCK, {"seconds": LOCK_PATIENCE}).scalar():
+            raise DatabaseUnavailableError(
+                f"another process has been migrating the database for {LOCK_PATIENCE} seconds: look what it waits for"
+            )
 
 
 def move(connection: Connection, target: str) -> None:

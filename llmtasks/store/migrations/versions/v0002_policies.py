@@ -5,9 +5,9 @@ Revises: 0001
 """
 
 import sqlalchemy as sa
-from alembic import op
 
-from llmtasks.store.rows import UtcDateTime
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.migrations import steps
 
 revision = "0002"
 down_revision = "0001"
@@ -16,21 +16,24 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("llmtasks_schedules", sa.Column("starts_at", UtcDateTime(), nullable=True))
-    op.add_column("llmtasks_schedules", sa.Column("fired", sa.Integer(), server_default=sa.text("0"), nullable=False))
-    op.add_column("llmtasks_runs", sa.Column("backfilled", sa.Boolean(), server_default=sa.false(), nullable=False))
-    op.create_index(
+    steps.add_column("llmtasks_schedules", sa.Column("starts_at", UtcDateTime(), nullable=True))
+    steps.add_column(
+        "llmtasks_schedules", sa.Column("fired", sa.Integer(), server_default=sa.text("0"), nullable=False)
+    )
+    steps.add_column(
+        "llmtasks_runs", sa.Column("backfilled", sa.Boolean(), server_default=sa.text("'0'"), nullable=False)
+    )
+    steps.create_index(
         "ix_llmtasks_runs_unfinished",
         "llmtasks_runs",
-        ["schedule_id"],
-        unique=False,
+        ["schedule_id", "delivered"],
         sqlite_where=sa.text("schedule_id IS NOT NULL AND delivered = 0"),
         postgresql_where=sa.text("schedule_id IS NOT NULL AND NOT delivered"),
     )
 
 
 def downgrade() -> None:
-    op.drop_index("ix_llmtasks_runs_unfinished", table_name="llmtasks_runs")
-    op.drop_column("llmtasks_runs", "backfilled")
-    op.drop_column("llmtasks_schedules", "fired")
-    op.drop_column("llmtasks_schedules", "starts_at")
+    steps.drop_index("ix_llmtasks_runs_unfinished", "llmtasks_runs")
+    steps.drop_column("llmtasks_runs", "backfilled")
+    steps.drop_column("llmtasks_schedules", "fired")
+    steps.drop_column("llmtasks_schedules", "starts_at")

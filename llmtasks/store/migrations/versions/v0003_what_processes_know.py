@@ -5,9 +5,9 @@ Revises: 0002
 """
 
 import sqlalchemy as sa
-from alembic import op
 
-from llmtasks.store.rows import UtcDateTime
+from llmtasks.store.columns import LongText, UtcDateTime
+from llmtasks.store.migrations import steps
 
 revision = "0003"
 down_revision = "0002"
@@ -16,12 +16,12 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("llmtasks_processes", sa.Column("functions", sa.Text(), nullable=True))
-    op.add_column("llmtasks_processes", sa.Column("clock_offset", sa.Float(), nullable=True))
-    op.add_column("llmtasks_schedules", sa.Column("paused_at", UtcDateTime(), nullable=True))
+    steps.add_column("llmtasks_processes", sa.Column("functions", LongText(), nullable=True))
+    steps.add_column("llmtasks_processes", sa.Column("clock_offset", sa.Double(), nullable=True))
+    steps.add_column("llmtasks_schedules", sa.Column("paused_at", UtcDateTime(), nullable=True))
 
 
 def downgrade() -> None:
-    op.drop_column("llmtasks_schedules", "paused_at")
-    op.drop_column("llmtasks_processes", "clock_offset")
-    op.drop_column("llmtasks_processes", "functions")
+    steps.drop_column("llmtasks_schedules", "paused_at")
+    steps.drop_column("llmtasks_processes", "clock_offset")
+    steps.drop_column("llmtasks_processes", "functions")

@@ -5,9 +5,9 @@ Revises: 0003
 """
 
 import sqlalchemy as sa
-from alembic import op
 
-from llmtasks.store.rows import UtcDateTime
+from llmtasks.store.columns import UtcDateTime
+from llmtasks.store.migrations import steps
 
 revision = "0004"
 down_revision = "0003"
@@ -16,7 +16,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.create_table(
+    steps.create_table(
         "llmtasks_totals",
         sa.Column("app", sa.String(100), nullable=False),
         sa.Column("hour", UtcDateTime(), nullable=False),
@@ -25,11 +25,11 @@ def upgrade() -> None:
         sa.Column("runs", sa.Integer(), nullable=False),
         sa.Column("retries", sa.Integer(), nullable=False),
         sa.Column("losses", sa.Integer(), nullable=False),
-        sa.Column("run_seconds", sa.Float(), nullable=False),
+        sa.Column("run_seconds", sa.Double(), nullable=False),
         sa.Column("timed", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("app", "hour", "func_name", "state"),
     )
-    op.create_table(
+    steps.create_table(
         "llmtasks_summed",
         sa.Column("app", sa.String(100), nullable=False),
         sa.Column("until", UtcDateTime(), nullable=False),
@@ -38,5 +38,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.drop_table("llmtasks_summed")
-    op.drop_table("llmtasks_totals")
+    steps.drop_table("llmtasks_summed")
+    steps.drop_table("llmtasks_totals")

@@ -5,7 +5,8 @@ Revises: 0004
 """
 
 import sqlalchemy as sa
-from alembic import op
+
+from llmtasks.store.migrations import steps
 
 revision = "0005"
 down_revision = "0004"
@@ -14,15 +15,14 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.create_table(
+    steps.create_table(
         "llmtasks_unique",
         sa.Column("key", sa.String(length=64), nullable=False),
         sa.Column("run_id", sa.String(length=255), nullable=False),
         sa.PrimaryKeyConstraint("key"),
     )
-    op.create_index("ix_llmtasks_unique_run", "llmtasks_unique", ["run_id"], unique=False)
+    steps.create_index("ix_llmtasks_unique_run", "llmtasks_unique", ["run_id"])
 
 
 def downgrade() -> None:
-    op.drop_index("ix_llmtasks_unique_run", table_name="llmtasks_unique")
-    op.drop_table("llmtasks_unique")
+    steps.drop_table("llmtasks_unique")
