@@ -1,5 +1,6 @@
 """The servers that tests start keep their data, stay private, and leave nothing behind."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,12 +9,12 @@ import sys
 from pathlib import Path
 
 import psutil
-import psycopg
 import pytest
 import redis
+from sqlalchemy import create_engine, exc, inspect, text
 
 from tests.children import lives
-from tests.servers import PostgreSQL, postgresql, valkey
+from tests.servers import DatabaseServer, valkey
 from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,65 +35,72 @@ def test_killed_valkey_comes_back_with_its_data(tmp_path: Path, unix: bool) -> N
             assert client.get("key") == b"value"
 
 
-@pytest.mark.postgresql
-def test_databases_are_apart_and_urls_work(postgresql_server: PostgreSQL) -> None:
+def test_databases_are_apart_and_urls_work(database_server: DatabaseServer) -> None:
     """Each created database is empty and is dropped although somebody is connected."""
-    first, second = postgresql_server.create_database(), postgresql_server.create_database()
-    connection = psycopg.connect(first.replace("+psycopg", ""), autocommit=True)
-    connection.execute("CREATE TABLE here (id int)")
+    first, second = (create_engine(database_server.create_database()) for _ in range(2))
+    connection = first.connect()
+    connection.execute(text("CREATE TABLE here (id int)"))
+    connection.commit()
 
-    with psycopg.connect(second.replace("+psycopg", "")) as other:
-        found = other.execute("SELECT to_regclass('here')").fetchone()
+    assert inspect(first).has_table("here")
+    assert not inspect(second).has_table("here")
+    for engine in (first, second):
+        database_server.drop_database(str(engine.url))
+    with contextlib.suppress(exc.DBAPIError):
+        connection.close()
+    first.dispose()
+    second.dispose()
 
-    assert found == (None,)
-    postgresql_server.drop_database(first)
-    postgresql_server.drop_database(second)
-    connection.close()
 
-
-@pytest.mark.postgresql
-def test_killed_postgresql_comes_back_with_its_data(tmp_path: Path) -> None:
+def test_killed_database_comes_back_with_its_data(own_server: DatabaseServer) -> None:
     """Committed rows survive a SIGKILL of all its processes, on the same port."""
-    with postgresql(tmp_path) as server:
-        url = server.create_database("kept").replace("+psycopg", "")
-        with psycopg.connect(url) as connection:
-            connection.execute("CREATE TABLE kept (id int)")
+    engine = create_engine(own_server.create_database("kept"))
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE kept (id int)"))
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO kept VALUES (7)"))
+    engine.dispose()
 
-        server.kill()
-        server.start()
+    own_server.kill()
+    own_server.start()
 
-        with psycopg.connect(url) as connection:
-            assert connection.execute("SELECT to_regclass('kept')").fetchone() == ("kept",)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT id FROM kept")).scalar() == 7
+    engine.dispose()
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tests.servers import postgresql, valkey
+from tests.servers import mariadb, postgresql, valkey
 folder = Path(sys.argv[1])
-with valkey(folder / "valkey") as one, postgresql(folder) as two:
-    print(one.process.pid, two.process.pid, two.root, flush=True)
+with valkey(folder / "valkey") as one, postgresql(folder) as two, mariadb(folder) as three:
+    print(two.root, three.root, one.process.pid, two.process.pid, three.process.pid, flush=True)
     time.sleep(600)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 @pytest.mark.postgresql
+@pytest.mark.mariadb
 @pytest.mark.redis
+@pytest.mark.usefixtures("postgresql_server", "mariadb_server")  # where they are absent there is nothing to start
 def test_servers_die_with_a_killed_test_process(tmp_path: Path) -> None:
     """SIGKILL of the process that started them leaves no server."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env={**os.environ}
     )
     assert holder.stdout is not None
-    *pids, left_behind = holder.stdout.readline().split()
+    said = holder.stdout.readline().split()
+    left_behind, pids = said[:2], said[2:]
     servers = [psutil.Process(int(pid)) for pid in pids]
     family = [*servers, *(child for server in servers for child in server.children(recursive=True))]
-    assert len(family) > 3
+    assert len(family) > 4
 
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
 
     wait_until(lambda: not any(lives(member) for member in family), message="all servers are gone")
-    shutil.rmtree(left_behind)
+    for folder in left_behind:
+        shutil.rmtree(folder)
