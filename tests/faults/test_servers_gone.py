@@ -11,10 +11,9 @@ from billiard.exceptions import SoftTimeLimitExceeded
 
 from llmtasks import Task
 from llmtasks.states import RunState
-from tests.conftest import do_without
 from tests.ledger import QUICK, Ledger, project_with
 from tests.processes import CeleryProcess, Project
-from tests.servers import PostgreSQL, ServerUnavailable, postgresql, valkey
+from tests.servers import DatabaseServer, valkey
 from tests.waiting import wait_until
 
 TASKS = """
@@ -61,18 +60,9 @@ def project(tmp_path: Path) -> Iterator[Project]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[PostgreSQL]:
-    try:
-        with postgresql(tmp_path) as server:
-            yield server
-    except ServerUnavailable as absent:
-        do_without(absent)
-
-
-@pytest.fixture
-def project_on_postgresql(tmp_path: Path, server: PostgreSQL) -> Iterator[Project]:
+def project_on_server(tmp_path: Path, own_server: DatabaseServer) -> Iterator[Project]:
     with valkey(tmp_path / "broker", unix=True) as broker:
-        project = Project(tmp_path / "project", broker=broker, database_url=server.create_database())
+        project = Project(tmp_path / "project", broker=broker, database_url=own_server.create_database())
         project.environ.update(QUICK)
         project.tasks(TASKS)
         project.python("from llmtasks.dispatch import station; station().database.migrate()")
@@ -125,10 +115,9 @@ def pending(ledger: Ledger) -> int:
     return sum(run.state is RunState.PENDING for run in ledger.all("tick"))
 
 
-@pytest.mark.postgresql
-def test_database_killed_and_started_again(project_on_postgresql: Project, server: PostgreSQL) -> None:
+def test_database_killed_and_started_again(project_on_server: Project, own_server: DatabaseServer) -> None:
     """A run that ended meanwhile waits for the ledger and is called once; schedules go on where they were."""
-    project = project_on_postgresql
+    project = project_on_server
     worker, beat = project.worker(), project.beat()
     ledger = Ledger(project)
     tasks: Any = project.app.tasks
@@ -138,14 +127,14 @@ def test_database_killed_and_started_again(project_on_postgresql: Project, serve
     processes: list[CeleryProcess] = [worker, beat]
     before = [records(process) for process in processes]
 
-    server.kill()
+    own_server.kill()
     ledger.open_gate("during")
     sent = tasks["passes"].delay("sent meanwhile")
     ledger.open_gate("sent meanwhile")
     worker.wait_for_log("waiting for the ledger")
     beat.wait_for_log("does not answer")
     said = [records(process) - count for process, count in zip(processes, before, strict=True)]
-    server.start()
+    own_server.start()
 
     assert running.get(timeout=60) == "done"
     assert sent.get(timeout=60) == "done"
@@ -232,20 +221,19 @@ def test_frozen_broker_does_not_stop_the_ledger(project: Project) -> None:
     assert worker.running
 
 
-@pytest.mark.postgresql
 def test_expired_message_does_not_end_a_worker_without_its_database(
-    project_on_postgresql: Project, server: PostgreSQL
+    project_on_server: Project, own_server: DatabaseServer
 ) -> None:
     """A message that expired while the database is away waits for it, and its run then ends as skipped."""
-    project = project_on_postgresql
+    project = project_on_server
     worker = project.worker()
     ledger = Ledger(project)
     tasks: Any = project.app.tasks
-    server.kill()
+    own_server.kill()
 
     expired = tasks["passes"].apply_async(("late",), expires=-1)
     worker.wait_for_log(expired.id)
-    server.start()
+    own_server.start()
 
     assert ledger.ends(expired.id).state is RunState.SKIPPED
     assert worker.running

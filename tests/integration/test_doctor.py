@@ -18,6 +18,7 @@ from llmtasks.store.database import Database
 from llmtasks.store.schedules import Schedule
 from llmtasks.task import Task
 from tests.commandline import command, document
+from tests.conftest import DATABASES, parameters
 from tests.ledger import QUICK
 from tests.processes import Project
 from tests.servers import Valkey, valkey
@@ -38,11 +39,11 @@ TASKS = """
 """
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+@pytest.fixture(scope="module", params=parameters(DATABASES))
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A project in order: a prefork worker, a threads worker with a queue of its own, a beat."""
     folder = tmp_path_factory.mktemp("doctor")
-    server = None if request.param == "sqlite" else request.getfixturevalue("postgresql_server")
+    server = None if request.param == "sqlite" else request.getfixturevalue(f"{request.param}_server")
     url = f"sqlite:///{folder / 'project' / 'llmtasks.db'}" if server is None else server.create_database()
     with valkey(folder / "broker", unix=True) as broker:
         project = Project(folder / "project", broker=broker, database_url=url)

@@ -29,7 +29,7 @@ from llmtasks.why import explain
 from tests.commandline import app_with, command, document
 from tests.ledger import QUICK
 from tests.processes import REPOSITORY, Project
-from tests.servers import PostgreSQL, Valkey, free_port
+from tests.servers import DatabaseServer, PostgreSQL, Valkey, free_port
 from tests.waiting import wait_until
 
 TASKS = """
@@ -153,15 +153,14 @@ def test_database_that_is_away_is_found(tmp_path: Path) -> None:
     assert not any(item["failed"] for item in report["not_run"])
 
 
-@pytest.mark.postgresql
-def test_outdated_tables_are_found(tmp_path: Path, postgresql_server: PostgreSQL) -> None:
+def test_outdated_tables_are_found(tmp_path: Path, database_server: DatabaseServer) -> None:
     """With the command that makes them; afterwards they are in order."""
-    url = postgresql_server.create_database()
+    url = database_server.create_database()
     with app_with(tmp_path, TASKS, LLMTASKS_DATABASE_URL=url) as app:
         (found,) = found_by("database", station(app))
         migrated = command("migrate")
         again = found_by("database", station(app))
-    postgresql_server.drop_database(url)
+    database_server.drop_database(url)
 
     assert (found.code, found.severity, found.fix) == ("schema-outdated", Severity.ERROR, "celery llmtasks migrate")
     assert found.found.startswith("the database has schema version none, this llmtasks needs ")

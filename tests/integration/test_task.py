@@ -29,6 +29,7 @@ from llmtasks.errors import (
 )
 from llmtasks.states import RunState, ScheduleState
 from llmtasks.store import rows, runs, schedules
+from tests.conftest import on
 from tests.processes import Project
 from tests.servers import Valkey
 
@@ -632,6 +633,7 @@ def test_a_session_of_the_caller_decides_whether_the_task_exists(project: Projec
     assert {task.id for task in stored()} == {kept.id, dropped.id}
 
 
+@on("sqlite", "postgresql")  # PyMySQL is not async
 async def test_an_async_session_of_the_caller(project: Project) -> None:
     """The same for an AsyncSession, through its own driver."""
     engine = create_async_engine(project.database_url.replace("sqlite:", "sqlite+aiosqlite:"))

@@ -19,6 +19,7 @@ from llmtasks.store.processes import Process
 from llmtasks.task import Task
 from llmtasks.why import Explanation, explain
 from tests.commandline import app_with, command, document
+from tests.conftest import DATABASES, parameters
 from tests.servers import free_port
 
 TASKS = """
@@ -31,10 +32,10 @@ ID = "00000000-0000-4000-8000-000000000001"
 OTHER = "00000000-0000-4000-8000-000000000002"
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+@pytest.fixture(scope="module", params=parameters(DATABASES))
 def database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A database with llmtasks' tables, which the tests of this module share."""
-    server = None if request.param == "sqlite" else request.getfixturevalue("postgresql_server")
+    server = None if request.param == "sqlite" else request.getfixturevalue(f"{request.param}_server")
     url = f"sqlite:///{tmp_path_factory.mktemp('why') / 'x.db'}" if server is None else server.create_database()
     database = Database(url)
     database.migrate()

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from llmtasks.states import ENDED, FOLLOWS, RunState
 from llmtasks.store import cancelling, claims, ends, held, rescue, rows
@@ -16,6 +16,7 @@ from llmtasks.store.claims import Claim
 from llmtasks.store.database import Database
 from llmtasks.store.ends import End
 from llmtasks.store.held import Delivered
+from tests.conftest import on
 from tests.store.rows_of import APP, LEASE, NOW, offer
 
 OWNERS = st.sampled_from(["host/1", "host/2", "host/3"])
@@ -26,10 +27,10 @@ MAX_RETRIES = 3
 class OneRun(RuleBasedStateMachine):
     """Three workers and a keeper around one run; each worker remembers the claims it had, lost ones too."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str = "") -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="llmtasks-claims-"))
-        self.database = Database(f"sqlite:///{self.folder / 'x.db'}")
+        self.database = Database(url or f"sqlite:///{self.folder / 'x.db'}")
         self.now: datetime = NOW
         self.claims: list[tuple[str, Claim]] = []
         self.before: Any = None
@@ -150,6 +151,9 @@ class OneRun(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Nothing of the example stays."""
+        with self.database.transaction() as tx:
+            for table in rows.metadata.sorted_tables:
+                tx.execute(table.delete())
         self.database.close()
         shutil.rmtree(self.folder)
 
@@ -162,3 +166,18 @@ TestOneRun = OneRun.TestCase
 TestOneRun.settings = settings(
     max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@on("mariadb")
+def test_one_run_where_a_claim_takes_several_statements(database_url: str) -> None:
+    """The same holds on MariaDB."""
+    database = Database(database_url)
+    database.migrate()
+    database.close()
+
+    run_state_machine_as_test(
+        lambda: OneRun(database_url),
+        settings=settings(
+            max_examples=8, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
