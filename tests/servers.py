@@ -520,7 +520,12 @@ class MariaDB:
         self._user = _unprivileged_user("MariaDB")
         self.root = _directory_of(self._user, "mariadb")
         self._numbers = count(1)
-        self._environ = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.root), "TZ": "UTC"}
+        self._environ = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": str(self.root),
+            "TZ": "UTC",
+            "TMPDIR": str(self.root),  # a server that starts removes what others keep there at this moment
+        }
         options = {**self.SETTINGS, **{f"--{name.replace('_', '-')}": value for name, value in settings.items()}}
         try:
             self._initialise(install)
