@@ -63,6 +63,8 @@ class ScheduleBeat(Scheduler):
         self._keeper: Keeper | None = None
         self._away: str | None = None
         self._stamped_at = self._swept_at = -REMOVED_EVERY
+        #: Until then what is due gathers: not even a change wakes beat, its own ones look like those of others.
+        self._rest_until = 0.0
         self._started_at: datetime | None = None
         self._process: psutil.Process | None = None
         super().__init__(*args, **kwargs)
@@ -87,8 +89,10 @@ class ScheduleBeat(Scheduler):
         """Fire what is due, and sleep until the next is. Never raises: that would end beat."""
         with undisturbed():
             pause = self._outcome()
+        rest = max(0.0, self._rest_until - time.monotonic())
+        time.sleep(rest)
         # Not by Celery, which would sleep through any change.
-        self._waking.sleep(pause)
+        self._waking.sleep(max(0.0, pause - rest))
         return 0.0
 
     def sync(self) -> None:
@@ -149,9 +153,12 @@ class ScheduleBeat(Scheduler):
             self._away = None
         if claimed.count >= tick.BATCH:
             return 0.0
-        # Due and not claimed: somebody else has the row locked.
-        least = began + GATHER_TIME - time.monotonic() if claimed.count else LOCKED_PAUSE
-        return min(max(claimed.pause(at.database.now()), least), float(self.max_interval))
+        pause = claimed.pause(at.database.now())
+        if claimed.count:
+            self._rest_until = began + GATHER_TIME
+        else:  # due and not claimed: somebody else has the row locked
+            pause = max(pause, LOCKED_PAUSE)
+        return min(pause, float(self.max_interval))
 
     def _begin(self, at: Station) -> None:
         """Say what this beat declares, then write it: other beats complete what nobody declares."""

@@ -141,6 +141,9 @@ def _route(
     if message.queue:
         return {"queue": message.queue}
     queue = getattr(getattr(task, "options", None), "queue", None)
+    router: Any = app.amqp.router
+    if not queue and not router.routes:
+        return {"queue": app.amqp.default_queue}
     own = {"queue": queue} if queue else {}
-    routed = app.amqp.router.route(own, message.func_name, args, kwargs, task_type=task)
+    routed = router.route(own, message.func_name, args, kwargs, task_type=task)
     return {key: routed[key] for key in ("queue", "exchange", "routing_key") if routed.get(key) is not None}
