@@ -1,11 +1,13 @@
 """What all tests stand on: a clean environment, real servers on demand, logs of processes in failure reports."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import celery._state
 import pytest
@@ -24,6 +26,8 @@ from tests.servers import (
     rabbitmq,
     valkey,
 )
+
+S = TypeVar("S")
 
 IN_CI = bool(os.environ.get("CI")) or os.environ.get("LLMTASKS_CI") == "1"
 
@@ -107,39 +111,37 @@ def pytest_runtest_logfinish() -> None:
 @pytest.fixture(scope="session")
 def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     """One Valkey server for the session; a test that kills or fills it starts its own with ``tests.servers.valkey``."""
-    try:
-        with valkey(tmp_path_factory.mktemp("valkey")) as server:
-            yield server
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(valkey(tmp_path_factory.mktemp("valkey"))) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
     """One PostgreSQL server for the session; tests share it by databases of their own."""
-    try:
-        with postgresql(tmp_path_factory.mktemp("postgresql")) as server:
-            yield server
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(postgresql(tmp_path_factory.mktemp("postgresql"))) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDB]:
     """One MariaDB server for the session; tests share it by databases of their own."""
-    try:
-        with mariadb(tmp_path_factory.mktemp("mariadb")) as server:
-            yield server
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(mariadb(tmp_path_factory.mktemp("mariadb"))) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def rabbitmq_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     """One RabbitMQ node for the session, because it starts slowly. Tests have virtual hosts, and may restart it."""
+    with or_without(rabbitmq(tmp_path_factory.mktemp("rabbitmq"))) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def or_without(server: AbstractContextManager[S]) -> Iterator[S]:
+    """The server while the block runs; a test that cannot have it does without."""
     try:
-        with rabbitmq(tmp_path_factory.mktemp("rabbitmq")) as server:
-            yield server
+        with server as running:
+            yield running
     except ServerUnavailable as absent:
         do_without(absent)
 
@@ -190,8 +192,5 @@ def own_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Datab
     """A database server for one test, which stops it."""
     folder = tmp_path / "own-server"
     folder.mkdir()
-    try:
-        with DATABASE_SERVERS[request.param](folder) as server:
-            yield server
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(DATABASE_SERVERS[request.param](folder)) as server:
+        yield server

@@ -27,9 +27,9 @@ from pytest_celery import (
 )
 
 from tests.children import ChildProcess
-from tests.conftest import do_without
+from tests.conftest import or_without
 from tests.processes import disconnect
-from tests.servers import ServerUnavailable, valkey
+from tests.servers import valkey
 
 VALKEY_PORT = "6379/tcp"
 
@@ -143,11 +143,8 @@ def default_redis_backend(tmp_path: Path) -> Iterator[RedisContainer]:
 
 
 def _valkey_node(folder: Path) -> Iterator[RedisContainer]:
-    try:
-        with valkey(folder) as server:
-            yield LocalRedisContainer(LocalContainer(server.process, ports={VALKEY_PORT: server.port}))
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(valkey(folder)) as server:
+        yield LocalRedisContainer(LocalContainer(server.process, ports={VALKEY_PORT: server.port}))
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from llmtasks import settings
 from llmtasks.cli import llmtasks as commands
 from llmtasks.options import TaskOptions
 from llmtasks.settings import Settings
-from tests.conftest import do_without
+from tests.conftest import or_without
 from tests.processes import CeleryProcess, Project
-from tests.servers import PostgreSQL, ServerUnavailable, Valkey, valkey
+from tests.servers import PostgreSQL, Valkey, valkey
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -335,13 +335,10 @@ def check_command(name: str, words: list[str]) -> None:
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Workshop]":
     """A broker and a folder for projects."""
     folder = tmp_path_factory.mktemp("readme")
-    try:
-        with valkey(folder / "broker", unix=True) as broker:
-            made = Workshop(folder, broker)
-            yield made
-            made.close()
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(valkey(folder / "broker", unix=True)) as broker:
+        made = Workshop(folder, broker)
+        yield made
+        made.close()
 
 
 class Workshop:

@@ -11,10 +11,10 @@ import pytest
 
 from llmtasks import Run
 from llmtasks.states import RunState
-from tests.conftest import do_without
+from tests.conftest import or_without
 from tests.ledger import Ledger
 from tests.processes import CeleryProcess, Project
-from tests.servers import PostgreSQL, ServerUnavailable, postgresql, valkey
+from tests.servers import PostgreSQL, postgresql, valkey
 from tests.waiting import wait_until
 
 #: How long both are away.
@@ -50,11 +50,8 @@ pytestmark = [
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[PostgreSQL]:
-    try:
-        with postgresql(tmp_path) as server:
-            yield server
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(postgresql(tmp_path)) as server:
+        yield server
 
 
 @pytest.fixture

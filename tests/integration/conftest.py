@@ -2,22 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import do_without
+from tests.conftest import or_without
+from tests.ledger import Ledger
 from tests.processes import CeleryProcess, Project
-from tests.servers import ServerUnavailable, Valkey, valkey
+from tests.servers import Valkey, valkey
 
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[Valkey]:
     """A Valkey server of the test's own, on a unix socket: the test may kill it."""
-    try:
-        with valkey(tmp_path / "broker", unix=True) as server:
-            yield server
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(valkey(tmp_path / "broker", unix=True)) as server:
+        yield server
 
 
 @pytest.fixture
@@ -44,3 +43,15 @@ def worker(project: Project) -> CeleryProcess:
 def beat(project: Project) -> CeleryProcess:
     """A beat of the project."""
     return project.beat()
+
+
+@pytest.fixture
+def ledger(project: Project) -> Ledger:
+    """The project's runs."""
+    return Ledger(project)
+
+
+@pytest.fixture
+def tasks(project: Project) -> Any:
+    """The project's tasks, by their names, to be sent from this process."""
+    return project.app.tasks

@@ -20,10 +20,10 @@ from llmtasks.keeper import Keeper
 from llmtasks.states import RunState
 from llmtasks.store.rescue import EMPTY_QUEUE_PATIENCE
 from llmtasks.store.rows import runs
-from tests.conftest import do_without
+from tests.conftest import or_without
 from tests.ledger import QUICK, Ledger, sqlite_url
 from tests.processes import CeleryProcess, Project
-from tests.servers import RabbitMQ, ServerUnavailable, Valkey, valkey
+from tests.servers import RabbitMQ, Valkey, valkey
 from tests.waiting import wait_until
 
 TASKS = """
@@ -129,13 +129,10 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             yield Kind(name=name, server=server, url=server.host(2), settings=QUORUM)
         return
     transport = "stock" if name.startswith("stock") else "llmtasks"
-    try:
-        with valkey(tmp_path_factory.mktemp("broker"), unix=True) as redis:
-            settings = SOON if transport == "llmtasks" else ""
-            environ = {"LLMTASKS_REDIS_TRANSPORT": transport}
-            yield Kind(name=name, server=redis, url=redis.url, environ=environ, settings=settings)
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(valkey(tmp_path_factory.mktemp("broker"), unix=True)) as redis:
+        settings = SOON if transport == "llmtasks" else ""
+        environ = {"LLMTASKS_REDIS_TRANSPORT": transport}
+        yield Kind(name=name, server=redis, url=redis.url, environ=environ, settings=settings)
 
 
 @pytest.fixture(scope="module")
@@ -170,16 +167,6 @@ def start_worker(project: Project) -> Iterator[Start]:
             return started
 
         yield start
-
-
-@pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
 
 
 def consume(project: Project, queue: str) -> None:

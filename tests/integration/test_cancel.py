@@ -101,16 +101,6 @@ def worker(project: Project) -> CeleryProcess:
     return project.worker(concurrency=3)
 
 
-@pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
-
-
 def consume(project: Project, queue: str) -> None:
     """Have the worker take the messages of one more queue."""
     project.app.control.add_consumer(queue, reply=True)

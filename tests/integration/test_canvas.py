@@ -91,16 +91,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         yield project
 
 
-@pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
-
-
 def test_chain_passes_results_on_through_retries(tasks: Any, ledger: Ledger) -> None:
     """Each link gets the result before it, also where that needed three attempts; none is called too often."""
     result: Any = chain(tasks["add"].s(1, 1), tasks["shaky"].si("chained", 5), tasks["add"].s(10)).apply_async()

@@ -177,16 +177,6 @@ def worker(project: Project) -> CeleryProcess:
     return project.worker(concurrency=1)
 
 
-@pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
-
-
 @pytest.mark.parametrize("name", ["add", "add_sync"])
 def test_run_of_a_plain_delay_is_recorded_with_all_that_people_ask_about(name: str, tasks: Any, ledger: Ledger) -> None:
     """A run sent by .delay() is in the ledger with its arguments, result, times, worker and attempt."""

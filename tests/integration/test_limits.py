@@ -135,16 +135,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         yield project
 
 
-@pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
-
-
 @pytest.mark.parametrize("name", ["awaits", "blocks", "works"])
 def test_function_is_told_that_its_time_is_up(name: str, tasks: Any, ledger: Ledger) -> None:
     """SoftTimeLimitExceeded is raised inside the function, which may catch it, however it spends its time."""

@@ -110,16 +110,6 @@ def worker(project: Project, pool: str) -> CeleryProcess:
 
 
 @pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
-
-
-@pytest.fixture
 def concurrent(pool: str) -> None:
     if pool == "solo":
         pytest.skip("one run at a time")

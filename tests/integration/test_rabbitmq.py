@@ -55,16 +55,6 @@ def worker(project: Project) -> CeleryProcess:
 
 
 @pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
-
-
-@pytest.fixture
 def unlike(project: Project) -> Iterator[str]:
     """A queue that somebody declared without the priorities that the app declares."""
     name = "unlike"

@@ -19,9 +19,9 @@ from llmtasks.broker.redis import UNREADABLE, Channel
 from llmtasks.errors import InvalidOptionError
 from llmtasks.redis_options import REDIS_OPTIONS
 from tests.children import ChildProcess
-from tests.conftest import do_without
+from tests.conftest import or_without
 from tests.processes import REPOSITORY, Project
-from tests.servers import ServerUnavailable, Valkey, valkey
+from tests.servers import Valkey, valkey
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.redis
@@ -55,11 +55,8 @@ with Connection(sys.argv[1], transport_options=options) as connection:
 
 @pytest.fixture(scope="module")
 def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    try:
-        with valkey(tmp_path_factory.mktemp("transport")) as server:
-            yield server
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(valkey(tmp_path_factory.mktemp("transport"))) as server:
+        yield server
 
 
 @pytest.fixture

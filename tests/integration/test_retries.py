@@ -115,16 +115,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         yield project
 
 
-@pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
-
-
 def test_run_has_one_attempt_more_than_retries(tasks: Any, ledger: Ledger) -> None:
     """max_retries=2 means three attempts; the run fails with the last error and its traceback."""
     result = tasks["fails"].delay("luck")

@@ -40,11 +40,6 @@ def project(tmp_path: Path, broker: Valkey) -> Iterator[Project]:
     project.close()
 
 
-@pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
 def block(heading: str, number: int = 0) -> Block:
     """The block below a heading of the text."""
     return [item for item in blocks() if item.heading == heading][number]

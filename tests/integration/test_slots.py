@@ -68,16 +68,6 @@ def worker(project: Project) -> CeleryProcess:
     return project.worker(concurrency=4)
 
 
-@pytest.fixture
-def ledger(project: Project) -> Ledger:
-    return Ledger(project)
-
-
-@pytest.fixture
-def tasks(project: Project) -> Any:
-    return project.app.tasks
-
-
 def test_run_on_demand_waits_and_starts_when_a_slot_is_free(tasks: Any, ledger: Ledger) -> None:
     """It is waiting, with a reason, and goes on within a second of the end of the one before it."""
     first = tasks["alone"].delay("a1")

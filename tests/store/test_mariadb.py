@@ -10,8 +10,8 @@ from llmtasks.errors import ConfigurationError, DatabaseUnavailableError
 from llmtasks.store import rows, runs
 from llmtasks.store.database import Database
 from llmtasks.store.outages import is_outage
-from tests.conftest import do_without, on
-from tests.servers import ServerUnavailable, mariadb
+from tests.conftest import on, or_without
+from tests.servers import mariadb
 from tests.store.rows_of import NOW, new_run, opened, set_run
 
 pytestmark = pytest.mark.mariadb
@@ -19,16 +19,13 @@ pytestmark = pytest.mark.mariadb
 
 def read_on(version: str, folder: Path) -> None:
     """Use a database of a server that says it has this version."""
-    try:
-        with mariadb(folder, version=version) as server:
-            database = Database(server.create_database())
-            database.migrate()
-            for _ in range(2):
-                with database.reading() as connection:
-                    assert connection.execute(text("SELECT count(*) FROM llmtasks_runs")).scalar() == 0
-            database.close()
-    except ServerUnavailable as absent:
-        do_without(absent)
+    with or_without(mariadb(folder, version=version)) as server:
+        database = Database(server.create_database())
+        database.migrate()
+        for _ in range(2):
+            with database.reading() as connection:
+                assert connection.execute(text("SELECT count(*) FROM llmtasks_runs")).scalar() == 0
+        database.close()
 
 
 def test_mysql_is_used_with_a_remark(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
