@@ -141,9 +141,13 @@ def _takeable(new: Mapping[str, Any]) -> ColumnElement[bool]:
     )
 
 
+# The run by its name: SQLAlchemy correlates nothing inside an INSERT, and would look for any run that holds a slot.
+_HOLDS_A_SLOT: Final = exists().where(slot_rows.c.run_id == literal_column(f"{runs.name}.id"))
+
+
 def _takeable_alone(new: Mapping[str, Any]) -> ColumnElement[bool]:
     """Whether it may be taken without a look at slots: it has no limit and holds none."""
-    return and_(runs.c.schedule_slots.is_(None), ~exists().where(slot_rows.c.run_id == runs.c.id), _takeable(new))
+    return and_(runs.c.schedule_slots.is_(None), ~_HOLDS_A_SLOT, _takeable(new))
 
 
 def _claim(dialect: str, condition: Callable[[Any], ColumnElement[bool]]) -> Any:

@@ -84,6 +84,14 @@ def test_what_needs_a_slot_is_left_to_a_transaction(database: Database) -> None:
     assert [state_of(database, run_id) for run_id in ("a", "b")] == [RunState.PENDING, RunState.PENDING]
 
 
+def test_slots_of_other_runs_are_no_matter(database: Database) -> None:
+    """A run without a limit is taken by one statement, also while some other run holds a slot."""
+    started(database, "limited", function_slots=1)
+    opened(database, new_run("free"))
+
+    assert claimed_alone(database, "free") is not None
+
+
 def test_run_that_holds_a_slot_is_left_to_a_transaction(database: Database) -> None:
     """A slot handed to a run by code that still had a limit is given back by the transaction of its claim."""
     first, _ = started(database, "first", function_slots=1)
