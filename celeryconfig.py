@@ -3,6 +3,7 @@
 import os
 
 from llmtasks.settings import TaskDefaults, read
+from llmtasks.settings import worker_pool as pool
 
 _settings = read()
 
@@ -28,9 +29,10 @@ imports = ["llmtasks.install", *filter(None, os.environ.get("LLMTASKS_IMPORTS", 
 
 beat_scheduler = "llmtasks"
 beat_enable_remote_control = True
-worker_concurrency = TaskDefaults.read(TASK_CONFIG).concurrency
 worker_consumer = "llmtasks.worker.consumer:RunConsumer"
-worker_pool = os.environ.get("LLMTASKS_POOL", "prefork")
+# LLMTASKS_POOL: asyncio, prefork or threads.
+worker_pool = pool()
+worker_concurrency = TaskDefaults.read(TASK_CONFIG).concurrency(worker_pool)
 worker_prefetch_multiplier = 1
 worker_send_task_events = True
 task_send_sent_event = True

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 from billiard import current_process
 
-from llmtasks.bridge import Body, NotYours
+from llmtasks.bridge import Body, NotYours, in_thread
 from llmtasks.dispatch import Station, relay
 from llmtasks.errors import DatabaseUnavailableError, LLMTasksError, SchemaOutdatedError
 from llmtasks.states import RunState
@@ -80,6 +80,10 @@ def hold_of(request: Any) -> Hold | None:
 
 def persist(write: Callable[[], T]) -> T:
     """Do a write that must not be given up: an outage of the database delays it, and is said once."""
+    return in_thread(lambda: _persist(write))
+
+
+def _persist(write: Callable[[], T]) -> T:
     pause, said = 0.05, False
     while True:
         try:
@@ -129,6 +133,13 @@ class Holdings:
         with self._lock:
             if self.release(hold):
                 self._delivered.append((hold.station, told))
+
+    def interrupt(self, run_id: str, error: asyncio.CancelledError) -> None:
+        """Raise ``error`` inside the coroutine of a held run, if it runs."""
+        with self._lock:
+            hold = self._held.get(run_id)
+            if hold is not None and hold.calling:
+                hold.body.interrupt(error)
 
     def set_calling(self, hold: Hold, calling: bool) -> None:
         """The function of a held run begins or has ended.

@@ -73,7 +73,7 @@ def _complete(sender: Any, source: Any, **_: object) -> None:
     if declares_quorum(source):
         del ours["task_queue_max_priority"]
     if source.get("TASK_CONFIG"):
-        ours["worker_concurrency"] = TaskDefaults.read(source["TASK_CONFIG"]).concurrency
+        ours["worker_concurrency"] = TaskDefaults.read(source["TASK_CONFIG"]).concurrency(str(source.worker_pool))
     for settings_in_order in (source.maps, source.defaults):
         settings_in_order.insert(-1, ours)
     options = transport_options(str(source.broker_url), redis_transport(source))

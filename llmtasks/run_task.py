@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, ClassVar, Final
 
 import celery
@@ -15,6 +16,7 @@ from celery.exceptions import Retry
 from kombu.exceptions import EncodeError
 
 from llmtasks import accepting, attempt, bridge, sender
+from llmtasks.attempt.results import BackendOnLoop
 from llmtasks.checks import check_number, check_whole
 from llmtasks.errors import BrokerUnavailableError, InvalidOptionError, InvalidParamsError
 from llmtasks.options import TaskOptions
@@ -69,6 +71,21 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
         cls.priority = None
         bridge.identify(cls.request_stack)
         return bound
+
+    @property
+    def backend(self) -> Any:
+        """Celery's result backend; for a tracer on a loop one that does not block it."""
+        tracer = bridge.tracer_here()
+        return self.backend_of_thread if tracer is None else BackendOnLoop(self, tracer)
+
+    @backend.setter
+    def backend(self, value: Any) -> None:
+        self._backend = value
+
+    @property
+    def backend_of_thread(self) -> Any:
+        """Celery's result backend in this thread."""
+        return self.app.backend if self._backend is None else self._backend
 
     # -- in a worker
 
@@ -143,6 +160,9 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             ConfigurationError: The broker has no such queue, or has it with other arguments.
             BrokerUnavailableError: The broker does not answer.
         """
+        if bridge.tracer_here() is not None:  # a link or the chain's next step: the loop goes on meanwhile
+            send = partial(self.apply_async, args, kwargs, task_id, producer, link, link_error, shadow, **options)
+            return bridge.in_thread(send)
         if options.get("serializer", "json") != "json":
             raise InvalidOptionError(
                 "serializer", options["serializer"], "'json'", "The ledger keeps arguments as JSON."

@@ -25,8 +25,19 @@ T = TypeVar("T")
 
 #: Linux refuses a unix socket path of 108 bytes or more, macOS one of 104 (``sun_path``).
 SOCKET_PATH_LIMIT: Final = 103
-#: Coroutines or processes that run at once where ``max_workers`` is ``"auto"``.
+#: What runs at once where ``max_workers`` is ``"auto"``: processes or threads, and coroutines.
 AUTO_WORKERS: Final = 4
+AUTO_COROUTINES: Final = 1000
+#: The pool of coroutines, as Celery's ``worker_pool`` names it.
+ASYNCIO_POOL: Final = "llmtasks.worker.pool:AsyncioPool"
+#: Values of LLMTASKS_POOL, and what Celery calls them.
+POOLS: Final[dict[str, str]] = {
+    "asyncio": ASYNCIO_POOL,
+    "prefork": "prefork",
+    "threads": "threads",
+    "solo": "solo",
+    "custom": "custom",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +45,7 @@ class TaskDefaults:
     """What a task function gets where its registration says nothing (``TASK_CONFIG``).
 
     Attributes:
-        max_workers: How many runs a worker executes at once; ``"auto"`` is 4.
+        max_workers: How many runs a worker executes at once; ``"auto"`` is 4, and 1,000 on the asyncio pool.
         default_timeout: Seconds that one attempt may take.
         max_retries: Attempts after the first.
         retry_delay: Seconds between attempts.
@@ -68,10 +79,23 @@ class TaskDefaults:
             raise InvalidOptionError("TASK_CONFIG['max_retries']", retries, "a whole number from 0")
         return cls(**config)
 
-    @property
-    def concurrency(self) -> int:
-        """``max_workers`` as a number."""
-        return AUTO_WORKERS if isinstance(self.max_workers, str) else self.max_workers
+    def concurrency(self, pool: str) -> int:
+        """``max_workers`` as a number, for what Celery's ``worker_pool`` is."""
+        if isinstance(self.max_workers, str):
+            return AUTO_COROUTINES if pool == ASYNCIO_POOL else AUTO_WORKERS
+        return self.max_workers
+
+
+def worker_pool(environ: Mapping[str, str] | None = None) -> str:
+    """Celery's ``worker_pool`` for the environment's LLMTASKS_POOL.
+
+    Raises:
+        InvalidOptionError: There is no such pool.
+    """
+    named = (os.environ if environ is None else environ).get("LLMTASKS_POOL") or "prefork"
+    if named not in POOLS:
+        raise InvalidOptionError("LLMTASKS_POOL", named, " or ".join(map(repr, POOLS)))
+    return POOLS[named]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,6 @@ from llmtasks.holding import Hold, hold_of, holdings, in_pool_child
 class _Current(threading.local):
     """The attempt of this thread."""
 
-    hold: Hold | None = None
     body: Body | None = None
     #: The same until the function itself takes it; what it calls in turn has handles of its own.
     untaken: Body | None = None
@@ -42,7 +41,6 @@ def call(task: Any, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         WorkerLostError: The function raised what would end the worker, and this is no child that the pool replaces.
         NotYours: The run was given up before.
     """
-    current.hold = hold
     hold.body.is_async = inspect.iscoroutinefunction(getattr(task, "function", None))
     try:
         holdings.set_calling(hold, True)
@@ -56,7 +54,6 @@ def call(task: Any, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     finally:
         current.body = current.untaken = None
         holdings.set_calling(hold, False)
-        current.hold = None
 
 
 def call_body(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

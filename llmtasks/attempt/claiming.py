@@ -9,7 +9,8 @@ from typing import Any
 
 from celery.exceptions import Ignore
 
-from llmtasks import sender
+from llmtasks import bridge, sender
+from llmtasks.attempt.writer import writer_for
 from llmtasks.bridge import Body
 from llmtasks.dispatch import station
 from llmtasks.holding import Hold, holdings, owner_of, persist
@@ -51,10 +52,11 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
     def take() -> tuple[Claim | None, str | None]:
         now = at.database.now()
         silent_since = now - at.settings.lease_time
-        with at.database.lone() as lone:
-            found = claims.claim_slotless(lone, offer, now, silent_since)
-        if found is not None:
-            return found, None
+        if tracer is None:
+            with at.database.lone() as lone:
+                found = claims.claim_slotless(lone, offer, now, silent_since)
+            if found is not None:
+                return found, None
         with at.database.transaction() as tx:
             found = claims.claim(tx, offer, now, silent_since)
             if found is None or found.state in ENDED:
@@ -65,13 +67,19 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
                 claims.put_aside(tx, found, state, full, now)
             return found, full
 
-    claim, full = persist(take)
+    tracer = bridge.tracer_here()
+    claim, full = None, None
+    if tracer is not None and offer.function_slots is None:
+        claim = tracer.wait_for(writer_for(at).claim(offer))
+    if claim is None:
+        claim, full = persist(take)
     if claim is None:
         raise Ignore("the run has ended, is held elsewhere, or was superseded")
     if full is not None:
         logger.info("run %s does not start: %s", claim.id, full)
         raise Ignore(full)
-    body = Body(soft_limit=soft_limit_of(task))
+    soft, hard = limits_of(task)
+    body = Body(soft_limit=soft, hard_limit=hard)
     hold = Hold(station=at, claim=claim, body=body, args=offer.args, kwargs=offer.kwargs)
     holdings.hold(hold)
     return hold
@@ -85,11 +93,10 @@ def name_links(request: Any) -> None:
                 link["options"].setdefault("task_id", str(uuid.uuid5(_as_uuid(request.id), f"{kind}{index}")))
 
 
-def soft_limit_of(task: Any) -> float | None:
-    """Seconds after which the function is told that its time is up: the message's limit, else the task's."""
-    limit = task.request.timelimit
-    soft = limit[1] if limit and limit[1] else task.soft_time_limit
-    return float(soft) if soft else None
+def limits_of(task: Any) -> tuple[float | None, float | None]:
+    """Seconds after which the function is told that its time is up, and is ended: of the message, else of the task."""
+    hard, soft = task.request.timelimit or (None, None)
+    return soft or task.soft_time_limit or None, hard or task.time_limit or None
 
 
 def _may_skip(tx: Any, claim: Claim) -> bool:

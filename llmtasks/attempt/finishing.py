@@ -11,7 +11,8 @@ from typing import Any, Final, NoReturn, cast
 from celery.exceptions import Ignore, Retry
 from celery.utils.serialization import get_pickleable_exception
 
-from llmtasks import sender
+from llmtasks import bridge, sender
+from llmtasks.attempt.writer import writer_for
 from llmtasks.dispatch import relay
 from llmtasks.errors import InvalidParamsError
 from llmtasks.holding import Hold, holdings, persist
@@ -35,20 +36,27 @@ def finish(hold: Hold, how: End) -> None:
     how = _measured(hold, how)
 
     def write() -> tuple[bool, list[str]]:
-        if ends.is_lone(hold.claim, how):
+        if is_lone:
             with at.database.lone() as lone:
                 return ends.end_lone(lone, hold.claim, how, at.database.now()), []
         with at.database.transaction() as tx:
             return ends.end(tx, hold.claim, how, at.database.now())
 
-    ours, handed = (False, []) if hold.lost else persist(write)
+    tracer, is_lone = bridge.tracer_here(), ends.is_lone(hold.claim, how)
+    handed: list[str] = []
+    if hold.lost:
+        ours = False
+    elif tracer is not None and is_lone:
+        ours = tracer.wait_for(writer_for(at).end(hold.claim, how))
+    else:
+        ours, handed = persist(write)
     if not ours or not how.keeps_owner:
         holdings.release(hold)
     if not ours:
         raise Ignore("the run is no longer ours")
     hold.ended = how.state
     if handed:
-        relay(at, handed)
+        bridge.in_thread(lambda: relay(at, handed))
 
 
 def succeeded(task: Any, hold: Hold, value: Any) -> Any:
@@ -98,7 +106,7 @@ def replaced(task: Any, hold: Hold, replacement: Any) -> NoReturn:
     """Give the run to another function: with its message in the outbox first, sent after, so that no crash loses it."""
     finish(hold, End(state=RunState.PENDING, counts=False, replacement=sender.dumps(replacement, "the replacement")))
     task.request.llm_replaced = True
-    relay(hold.station, [hold.claim.id])
+    bridge.in_thread(lambda: relay(hold.station, [hold.claim.id]))
     raise Ignore("replaced by another task")
 
 
@@ -111,7 +119,7 @@ def _finish_retrying(hold: Hold, retry: Any, delay: float, *, trace: str | None,
             reason=f"attempt {hold.claim.attempts + 1} ended: {line_of(error) if error else 'retry was asked for'}",
             error=line_of(error) if isinstance(error, BaseException) else None,
             traceback=trace,
-            next_attempt_at=hold.station.database.now() + timedelta(seconds=max(0.0, delay)),
+            next_attempt_at=bridge.in_thread(hold.station.database.now) + timedelta(seconds=max(0.0, delay)),
             **changes,
         ),
     )

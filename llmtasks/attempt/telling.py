@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -91,7 +92,9 @@ def after_return(task: Any, options: TaskOptions, status: str, value: Any) -> No
     holdings.deliver(hold, delivered(task, hold, options.redact))
     if callback is not None:
         try:
-            holdings.flush()  # at once: should this process die before, the callback would be called again
+            bridge.in_thread(
+                holdings.flush
+            )  # at once: should this process die before, the callback would be called again
         except LLMTasksError as error:
             logger.warning("run %s: that it was told is written down later: %s", hold.claim.id, error)
 
@@ -109,11 +112,14 @@ def _is_chord_sent(task: Any, hold: Hold) -> bool:
     The Redis backend lets one process send the body, and the others pass for as long as that one's claim lives
     (backends/redis.py:104-142). It may be the claim of the process that died here before.
     """
-    request, backend = task.request, task.backend
+    request = task.request
     if not request.chord or not request.group or hold.claim.state not in ENDED:
         return True
+    if bridge.tracer_here() is not None:
+        return bridge.in_thread(lambda: _is_chord_sent(task, hold))
     from celery.backends.redis import RedisBackend  # not every app has results there
 
+    backend = task.backend
     if not isinstance(backend, RedisBackend):
         return True
     client: Any = backend.client
@@ -135,8 +141,13 @@ def call_back(callback: Callable[..., Any], hold: Hold, value: Any) -> None:
             return runs.get(tx, claim.id)
 
     run = persist(read)
+    is_async = inspect.iscoroutinefunction(callback)
+    body = Body(soft_limit=CALLBACK_LIMIT)
     try:
-        bridge.call(callback, (run, value), {}, Body(soft_limit=CALLBACK_LIMIT))
+        if is_async:
+            bridge.call(callback, (run, value), {}, body)
+        else:
+            bridge.in_thread(lambda: bridge.call(callback, (run, value), {}, body))
     except (Exception, asyncio.CancelledError) as error:
         name = bridge.name_of(callback)
         logger.exception("callback %s of run %s failed", name, claim.id)

@@ -84,12 +84,10 @@ class Claim:
         return self.function_slots is None and self.schedule_slots is None
 
 
-_RETURNED: Final = [runs.c[name] for name in Claim.__dataclass_fields__]
+RETURNED: Final = [runs.c[name] for name in Claim.__dataclass_fields__]
 _NOW: Final = bindparam("now", type_=UtcDateTime())
 #: The row of a run that is not in the ledger yet, taken from the start.
-_NEW: Final[dict[str, Any]] = {
-    name: bindparam(name, type_=runs.c[name].type) for name in Offer.__dataclass_fields__
-} | {
+NEW: Final[dict[str, Any]] = {name: bindparam(name, type_=runs.c[name].type) for name in Offer.__dataclass_fields__} | {
     "name": bindparam("func_name", type_=runs.c.func_name.type),
     "state": RunState.RUNNING,
     "claim_no": literal_column("1"),
@@ -145,37 +143,41 @@ def _takeable(new: Mapping[str, Any]) -> ColumnElement[bool]:
 _HOLDS_A_SLOT: Final = exists().where(slot_rows.c.run_id == literal_column(f"{runs.name}.id"))
 
 
-def _takeable_alone(new: Mapping[str, Any]) -> ColumnElement[bool]:
+def takeable_alone(new: Mapping[str, Any]) -> ColumnElement[bool]:
     """Whether it may be taken without a look at slots: it has no limit and holds none."""
     return and_(runs.c.schedule_slots.is_(None), ~_HOLDS_A_SLOT, _takeable(new))
 
 
 def _claim(dialect: str, condition: Callable[[Any], ColumnElement[bool]]) -> Any:
     """Insert the run, or take it where ``condition`` lets us; no row back means that it is not ours to run."""
-    statement = insert_into(runs, dialect).values(_NEW)
+    return or_take(insert_into(runs, dialect).values(NEW), condition)
+
+
+def or_take(statement: Any, condition: Callable[[Any], ColumnElement[bool]]) -> Any:
+    """An INSERT of runs that takes those that are there, where ``condition`` lets us, and returns what it got."""
     new = statement.excluded
     return statement.on_conflict_do_update(
         index_elements=["id"], set_=dict(_taking(new)), where=condition(new)
-    ).returning(*_RETURNED)
+    ).returning(*RETURNED)
 
 
 def _take(_dialect: str, condition: Callable[[Any], ColumnElement[bool]]) -> Any:
     """Take a run that is in the ledger where ``condition`` lets us."""
-    return update(runs).where(runs.c.id == _NEW["id"], condition(_NEW)).ordered_values(*_taking(_NEW))
+    return update(runs).where(runs.c.id == NEW["id"], condition(NEW)).ordered_values(*_taking(NEW))
 
 
-_CLAIM: Final = Prepared(partial(_claim, condition=_takeable), _RETURNED)
-_CLAIM_ALONE: Final = Prepared(partial(_claim, condition=_takeable_alone), _RETURNED)
+_CLAIM: Final = Prepared(partial(_claim, condition=_takeable), RETURNED)
+_CLAIM_ALONE: Final = Prepared(partial(_claim, condition=takeable_alone), RETURNED)
 # MariaDB's INSERT has no condition for what it changes: there a claim takes a statement for each step.
-_INSERT: Final = Prepared(lambda dialect: insert_into(runs, dialect).values(_NEW))
+_INSERT: Final = Prepared(lambda dialect: insert_into(runs, dialect).values(NEW))
 _ENSURE: Final = Prepared(
     lambda dialect: insert_or_lock(runs, dialect, "id").values(
-        {**_NEW, "state": RunState.PENDING, "claim_no": literal_column("0"), "started_at": null()}
+        {**NEW, "state": RunState.PENDING, "claim_no": literal_column("0"), "started_at": null()}
     )
 )
 _TAKE: Final = Prepared(partial(_take, condition=_takeable))
-_TAKE_ALONE: Final = Prepared(partial(_take, condition=_takeable_alone))
-_READ: Final = Prepared(lambda _dialect: select(*_RETURNED).where(runs.c.id == _NEW["id"]), _RETURNED)
+_TAKE_ALONE: Final = Prepared(partial(_take, condition=takeable_alone))
+_READ: Final = Prepared(lambda _dialect: select(*RETURNED).where(runs.c.id == NEW["id"]), RETURNED)
 #: What every write of a claim is fenced by.
 OURS: Final = and_(runs.c.id == bindparam("run_id"), runs.c.claim_no == bindparam("claim"))
 _WAIT: Final = (
@@ -195,39 +197,46 @@ def claim(tx: Connection, offer: Offer, now: datetime, silent_since: datetime) -
     Args:
         silent_since: An owner whose stamp is older than this holds nothing any more.
     """
-    values = _values(offer, now, silent_since)
+    values = values_of(offer, now, silent_since)
     if tx.dialect.name not in MARIADB:
-        return _taken(_CLAIM.one(tx, values))
+        return taken(_CLAIM.one(tx, values))
     _ENSURE.count(tx, values)
-    return _taken(_READ.one(tx, values)) if _TAKE.count(tx, values) else None
+    return taken(_READ.one(tx, values)) if _TAKE.count(tx, values) else None
 
 
-def claim_slotless(lone: Lone, offer: Offer, now: datetime, silent_since: datetime) -> Claim | None:
-    """Take a run that needs no slot, in this one statement; on MariaDB in two or three, each good by itself.
+def claim_slotless(lone: Lone | Connection, offer: Offer, now: datetime, silent_since: datetime) -> Claim | None:
+    """Take a run that needs no slot, in this one statement; on MariaDB in two or three.
+
+    Alone each of them is good by itself; many such claims may share a transaction.
 
     Returns:
         None where it is not ours to take, or needs a transaction: its schedule limits it, or it holds a slot.
     """
     if offer.function_slots is not None:
         return None
-    values = _values(offer, now, silent_since)
+    values = values_of(offer, now, silent_since)
     if lone.dialect.name not in MARIADB:
-        return _taken(_CLAIM_ALONE.one(lone, values))
+        return taken(_CLAIM_ALONE.one(lone, values))
+    if not isinstance(lone, Lone):
+        _ENSURE.count(lone, values)
+        return taken(_READ.one(lone, values)) if _TAKE_ALONE.count(lone, values) else None
     try:
         _INSERT.count(lone, values)
     except lone.dialect.loaded_dbapi.IntegrityError:
         if not _TAKE_ALONE.count(lone, values):
             return None
-    return _taken(_READ.one(lone, values))
+    return taken(_READ.one(lone, values))
 
 
-def _values(offer: Offer, now: datetime, silent_since: datetime) -> dict[str, Any]:
+def values_of(offer: Offer, now: datetime, silent_since: datetime) -> dict[str, Any]:
+    """What a claiming statement is given."""
     values = {name: getattr(offer, name) for name in Offer.__dataclass_fields__}
     values["created_at"] = min(offer.created_at or now, now)  # senders' clocks may be ahead
     return values | {"now": now, "silent_since": silent_since}
 
 
-def _taken(row: list[Any] | None) -> Claim | None:
+def taken(row: list[Any] | None) -> Claim | None:
+    """The claim that a row of ``RETURNED`` is."""
     if row is None:
         return None
     found = dict(zip(Claim.__dataclass_fields__, row, strict=True))

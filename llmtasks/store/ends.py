@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, Text, and_, bindparam, case, func, null, or_, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Connection,
+    Float,
+    Integer,
+    String,
+    Text,
+    Update,
+    and_,
+    bindparam,
+    case,
+    func,
+    null,
+    or_,
+    update,
+)
+from sqlalchemy.types import TypeEngine
 
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.claims import OURS, Claim
+from llmtasks.store.claims import Claim
 from llmtasks.store.columns import UtcDateTime
 from llmtasks.store.lone import Lone
 from llmtasks.store.prepared import Prepared
@@ -41,47 +60,72 @@ class End:
     replacement: str | None = None
 
 
-#: Somebody asked to cancel the run: it has no next attempt.
-_GIVEN_UP: Final = and_(
-    runs.c.cancel_requested_at.is_not(None),
-    or_(*(bindparam("to") == state.value for state in (RunState.RETRYING, RunState.QUEUED, RunState.PENDING))),
-)
-#: Another function takes the run's place, from its first attempt on; it brings its own message.
-_REPLACED: Final = and_(bindparam("instead", type_=Text()).is_not(None), ~_GIVEN_UP)
-_ENDING: Final = (
-    update(runs)
-    .where(OURS, runs.c.state == RunState.RUNNING)
-    .values(
-        state=case((_GIVEN_UP, RunState.CANCELLED.value), else_=bindparam("to")),
-        attempts=case((_REPLACED, 0), else_=runs.c.attempts + bindparam("counted")),
-        max_retries=case((_REPLACED, null()), else_=runs.c.max_retries),
-        owner=case((bindparam("keeps") == 1, runs.c.owner), else_=null()),
-        heartbeat_at=bindparam("now"),
-        delivered=bindparam("told"),
-        # Back in its queue: from now on it may be missed there.
-        published_at=case(
-            (bindparam("to") == RunState.QUEUED.value, bindparam("now", type_=UtcDateTime())),
-            else_=runs.c.published_at,
-        ),
-        ended_at=case(
-            (_GIVEN_UP, bindparam("now", type_=UtcDateTime())), else_=bindparam("ended", type_=UtcDateTime())
-        ),
-        reason=case((_GIVEN_UP, runs.c.reason), else_=bindparam("why", type_=Text())),
-        result=bindparam("value"),
-        error=bindparam("line"),
-        failure=bindparam("packed"),
-        traceback=bindparam("trace"),
-        next_attempt_at=case((_GIVEN_UP, null()), else_=bindparam("again_at", type_=UtcDateTime())),
-        run_seconds=bindparam("wall"),
-        cpu_seconds=bindparam("cpu"),
-        peak_memory=bindparam("peak"),
-        args=func.coalesce(bindparam("new_args", type_=Text()), runs.c.args),
-        kwargs=func.coalesce(bindparam("new_kwargs", type_=Text()), runs.c.kwargs),
-        envelope=case((_REPLACED, null()), else_=runs.c.envelope),
-        replacement=case((_REPLACED, bindparam("instead", type_=Text())), else_=null()),
+#: What a statement that ends attempts is given, and how; see ``values_of``.
+GIVEN: Final[dict[str, TypeEngine[Any]]] = {
+    "run_id": String(),
+    "claim": Integer(),
+    "to": String(),
+    "counted": Integer(),
+    "keeps": Boolean(),
+    "now": UtcDateTime(),
+    "told": Boolean(),
+    "ended": UtcDateTime(),
+    "why": Text(),
+    "value": Text(),
+    "line": Text(),
+    "packed": Text(),
+    "trace": Text(),
+    "again_at": UtcDateTime(),
+    "wall": Float(),
+    "cpu": Float(),
+    "peak": BigInteger(),
+    "new_args": Text(),
+    "new_kwargs": Text(),
+    "instead": Text(),
+}
+
+
+def ending(given: Mapping[str, ColumnElement[Any]]) -> Update:
+    """The statement that ends an attempt, or many: under its claim, and while it runs."""
+    to, now = given["to"], given["now"]
+    # Somebody asked to cancel the run: it has no next attempt.
+    given_up = and_(
+        runs.c.cancel_requested_at.is_not(None),
+        or_(*(to == state.value for state in (RunState.RETRYING, RunState.QUEUED, RunState.PENDING))),
     )
-)
-_END: Final = Prepared(lambda _dialect: _ENDING)
+    # Another function takes the run's place, from its first attempt on; it brings its own message.
+    replaced = and_(given["instead"].is_not(None), ~given_up)
+    return (
+        update(runs)
+        .where(runs.c.id == given["run_id"], runs.c.claim_no == given["claim"], runs.c.state == RunState.RUNNING)
+        .values(
+            state=case((given_up, RunState.CANCELLED.value), else_=to),
+            attempts=case((replaced, 0), else_=runs.c.attempts + given["counted"]),
+            max_retries=case((replaced, null()), else_=runs.c.max_retries),
+            owner=case((given["keeps"], runs.c.owner), else_=null()),
+            heartbeat_at=now,
+            delivered=given["told"],
+            # Back in its queue: from now on it may be missed there.
+            published_at=case((to == RunState.QUEUED.value, now), else_=runs.c.published_at),
+            ended_at=case((given_up, now), else_=given["ended"]),
+            reason=case((given_up, runs.c.reason), else_=given["why"]),
+            result=given["value"],
+            error=given["line"],
+            failure=given["packed"],
+            traceback=given["trace"],
+            next_attempt_at=case((given_up, null()), else_=given["again_at"]),
+            run_seconds=given["wall"],
+            cpu_seconds=given["cpu"],
+            peak_memory=given["peak"],
+            args=func.coalesce(given["new_args"], runs.c.args),
+            kwargs=func.coalesce(given["new_kwargs"], runs.c.kwargs),
+            envelope=case((replaced, null()), else_=runs.c.envelope),
+            replacement=case((replaced, given["instead"]), else_=null()),
+        )
+    )
+
+
+_END: Final = Prepared(lambda _dialect: ending({name: bindparam(name, type_=kind) for name, kind in GIVEN.items()}))
 
 
 def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, list[str]]:
@@ -90,7 +134,7 @@ def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, li
     Returns:
         Whether the run was still ours, and the ids of the runs that got its slots.
     """
-    if _END.count(tx, _values(claim, how, now)) != 1:
+    if _END.count(tx, values_of(claim, how, now)) != 1:
         return False, []
     if how.replacement is not None:
         outbox.put_pending(tx, claim.id, now)
@@ -104,18 +148,19 @@ def is_lone(claim: Claim, how: End) -> bool:
     return claim.is_slotless and how.replacement is None
 
 
-def end_lone(lone: Lone, claim: Claim, how: End, now: datetime) -> bool:
+def end_lone(lone: Lone | Connection, claim: Claim, how: End, now: datetime) -> bool:
     """End the attempt of a claim in this one statement; says whether the run was still ours."""
-    return _END.count(lone, _values(claim, how, now)) == 1
+    return _END.count(lone, values_of(claim, how, now)) == 1
 
 
-def _values(claim: Claim, how: End, now: datetime) -> dict[str, Any]:
+def values_of(claim: Claim, how: End, now: datetime) -> dict[str, Any]:
+    """What ``ending`` is given for one attempt."""
     return {
         "run_id": claim.id,
         "claim": claim.claim_no,
         "to": how.state,
         "counted": int(how.counts),
-        "keeps": int(how.keeps_owner),
+        "keeps": how.keeps_owner,
         "now": now,
         "told": how.delivered,
         "ended": now if how.state in ENDED else None,

@@ -58,16 +58,26 @@ class Prepared:
         row = cursor.fetchone()
         if row is None:
             return None
-        converts = self._results.get(tx.dialect.name)
-        if converts is None:
-            converts = self._results[tx.dialect.name] = _converts(self._returning, tx.dialect, cursor)
+        found = _converted(row, self._converts(tx.dialect, cursor))
         cursor.close()
-        return [value if convert is None else convert(value) for value, convert in zip(row, converts, strict=True)]
+        return found
+
+    def all(self, tx: Connection | Lone, values: Mapping[str, Any]) -> list[list[Any]]:
+        """Run it; returns its rows, whose columns are those of ``returning``."""
+        cursor = _run(tx, self._of(tx.dialect), values)
+        converts = self._converts(tx.dialect, cursor)
+        return [_converted(row, converts) for row in cursor.fetchall()]
 
     def count(self, tx: Connection | Lone, values: Mapping[str, Any]) -> int:
         """Run it; returns how many rows it changed."""
         rowcount: int = _run(tx, self._of(tx.dialect), values).rowcount
         return rowcount
+
+    def _converts(self, dialect: Dialect, cursor: Any) -> list[Convert | None]:
+        found = self._results.get(dialect.name)
+        if found is None:
+            found = self._results[dialect.name] = _converts(self._returning, dialect, cursor)
+        return found
 
     def _of(self, dialect: Dialect) -> _Compiled:
         found = self._compiled.get(dialect.name)
@@ -86,6 +96,10 @@ def _compile(statement: Any, dialect: Dialect) -> _Compiled:
         converts=[(name, convert) for name, convert in converts.items() if convert is not None],
         order=compiled.positiontup if compiled.positional else None,
     )
+
+
+def _converted(row: Sequence[Any], converts: Sequence[Convert | None]) -> list[Any]:
+    return [value if convert is None else convert(value) for value, convert in zip(row, converts, strict=True)]
 
 
 def _converts(returning: Sequence[Column[Any]], dialect: Dialect, cursor: Any) -> list[Convert | None]:

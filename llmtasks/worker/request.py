@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from datetime import timedelta
 from typing import Any
@@ -132,7 +133,12 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
                 runs.adopt_message(tx, self._as_run(at, words))
             elif expired:
                 runs.end_unheld(tx, self.id, now, state, words)
-            elif not terminated or not runs.end_unheld(tx, self.id, now, state, words, owner_of(self.worker_pid)):
+            # A child was killed; a coroutine of this process tells its own end.
+            elif not (
+                terminated
+                and self._is_in_child()
+                and runs.end_unheld(tx, self.id, now, state, words, owner_of(self.worker_pid))
+            ):
                 cancelling.cancel(tx, at.name, self.id, now, words)
             ended = rescue.state_of(tx, self.id) in ENDED
             if ended:
@@ -156,6 +162,9 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
         except LLMTasksError as away:
             logger.warning("run %s cannot be released, its lease ends it: %s", self.id, away)
         super()._announce_cancelled(emit_retry=False)
+
+    def _is_in_child(self) -> bool:
+        return bool(self.worker_pid != os.getpid())
 
     def _as_run(self, at: Station, reason: str) -> NewRun:
         context = self._context

@@ -93,20 +93,20 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["threads", "solo"])
+@pytest.fixture(scope="module", params=["asyncio", "threads", "solo"])
 def pool(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
-    with project_with(tmp_path_factory.mktemp(pool), TASKS, **QUICK) as project:
+    with project_with(tmp_path_factory.mktemp(pool), TASKS, **QUICK, LLMTASKS_POOL=pool) as project:
         yield project
 
 
 @pytest.fixture(scope="module", autouse=True)
 def worker(project: Project, pool: str) -> CeleryProcess:
-    return project.worker(pool=pool, concurrency=1 if pool == "solo" else 4)
+    return project.worker(concurrency=1 if pool == "solo" else 4)
 
 
 @pytest.fixture

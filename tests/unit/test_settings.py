@@ -9,7 +9,7 @@ import pytest
 from llmtasks.errors import ConfigurationError, InvalidOptionError
 from llmtasks.rabbitmq_options import RABBITMQ_OPTIONS
 from llmtasks.redis_options import REDIS_OPTIONS, is_redis
-from llmtasks.settings import TaskDefaults, read, redis_transport, socket_path
+from llmtasks.settings import TaskDefaults, read, redis_transport, socket_path, worker_pool
 
 URLS = {"LLMTASKS_DATABASE_URL": "sqlite:////data/x.db", "LLMTASKS_BROKER_URL": "redis://host/0"}
 
@@ -157,13 +157,14 @@ def test_task_config_sets_the_defaults() -> None:
 
     defaults = read({"TASK_CONFIG": config}, URLS).tasks
 
-    assert (defaults.concurrency, defaults.default_timeout, defaults.max_retries, defaults.retry_delay) == (
+    assert (defaults.concurrency("prefork"), defaults.default_timeout, defaults.max_retries, defaults.retry_delay) == (
         2,
         60,
         0,
         0.5,
     )
-    assert TaskDefaults().concurrency == 4
+    assert TaskDefaults().concurrency("prefork") == 4
+    assert TaskDefaults().concurrency(worker_pool({"LLMTASKS_POOL": "asyncio"})) == 1000
 
 
 def test_socket_of_a_deep_directory_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

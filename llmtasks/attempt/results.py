@@ -1,0 +1,125 @@
+"""Results: Celery's result backend as a tracer on a loop sees it. Nothing in here blocks the loop."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from celery import states
+from kombu.utils.encoding import bytes_to_str
+
+from llmtasks.bridge import Gathering, Tracer, Wish, in_thread
+
+#: Results that one round trip stores.
+GROUP: Final = 200
+
+#: Stores results and tells who waits for them, as Celery's backend does with a GET, then SETEX and PUBLISH: a success
+#: that is there stays. KEYS: the tasks'. ARGV: seconds to keep them or 0, then the results.
+STORE: Final = """
+for i = 1, #KEYS do
+  local there = redis.call('GET', KEYS[i])
+  local readable, meta = pcall(cjson.decode, there or '{}')
+  if not (readable and type(meta) == 'table' and meta.status == 'SUCCESS') then
+    if tonumber(ARGV[1]) > 0 then
+      redis.call('SETEX', KEYS[i], ARGV[1], ARGV[i + 1])
+    else
+      redis.call('SET', KEYS[i], ARGV[i + 1])
+    end
+    redis.call('PUBLISH', KEYS[i], ARGV[i + 1])
+  end
+end
+"""
+
+
+class BackendOnLoop:
+    """A task's result backend for its tracer: each call is made in a thread, while the loop goes on.
+
+    Args:
+        task: The task, whose backend outside of tracers is the real one.
+        tracer: The tracer.
+    """
+
+    def __init__(self, task: Any, tracer: Tracer) -> None:
+        self._task = task
+        self._tracer = tracer
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._task.backend_of_thread, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return in_thread(lambda: getattr(self._task.backend, name)(*args, **kwargs))
+
+        return call
+
+    def process_cleanup(self) -> None:
+        """Do nothing: this thread's backend was not used."""
+
+    def mark_as_done(
+        self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = states.SUCCESS
+    ) -> Any:
+        """Store a success, on Redis together with others."""
+        if request is not None and request.chord:
+            return in_thread(lambda: self._task.backend.mark_as_done(task_id, result, request, store_result, state))
+        if not store_result or getattr(request, "ignore_result", False):
+            return None
+        backend = self._task.backend_of_thread
+        if not _is_redis(backend):
+            return in_thread(lambda: self._task.backend.mark_as_done(task_id, result, request, store_result, state))
+        made = backend._get_result_meta(backend.encode_result(result, state), state, None, request)
+        made["task_id"] = bytes_to_str(task_id)
+        packed = _Result(backend.get_key_for_task(task_id), backend.encode(made))
+        self._tracer.wait_for(_results_of(self._task.app).ask(packed))
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    key: str | bytes
+    value: str
+
+
+class _Results(Gathering[_Result]):
+    """The thread that stores results for one app."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        super().__init__("llmtasks-results", GROUP)
+
+    def fulfil(self, group: list[Wish[_Result]]) -> None:
+        """Store a group, as often as the backend's retry policy says."""
+        backend = self._app.backend
+        backend.ensure(self._store, (backend, group))
+
+    @staticmethod
+    def _store(backend: Any, group: list[Wish[_Result]]) -> None:
+        keys = [wish.asked.key for wish in group]
+        backend.client.eval(STORE, len(keys), *keys, int(backend.expires or 0), *(wish.asked.value for wish in group))
+
+
+def _is_redis(backend: Any) -> bool:
+    """Whether the script does what this backend does: JSON in a plain Redis or Valkey."""
+    from celery.backends.redis import RedisBackend, SentinelBackend  # not every app has results there
+
+    kind, celerys = type(backend), cast("Any", RedisBackend)  # its stub lacks what it is made of
+    return (
+        isinstance(backend, celerys)
+        and not isinstance(backend, SentinelBackend)
+        and backend.serializer == "json"
+        and kind._store_result is celerys._store_result
+        and kind._set is celerys._set
+    )
+
+
+_all: Final[dict[Any, _Results]] = {}
+_making: Final = threading.Lock()
+
+
+def _results_of(app: Any) -> _Results:
+    with _making:
+        found = _all.get(app)
+        if found is None:
+            found = _all[app] = _Results(app)
+    return found

@@ -1,0 +1,299 @@
+"""AsyncioPool: thousands of coroutines in one worker process, under Celery's own, unmodified tracer.
+
+The consumer stays in the main thread, so that signals, heartbeats, remote control and a broker that comes back do not
+wait for coroutines. One thread runs the event loop: there each run of an ``async def`` function has its tracer in a
+greenlet and its coroutine in an asyncio task. All other functions run in a bounded pool of threads.
+
+Celery's callbacks (accepted, succeeded, failed) go back to the main thread: there kombu acknowledges, without locks.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import WorkerLostError
+from celery.concurrency import base
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+
+from llmtasks.bridge import Tracer, loops
+from llmtasks.holding import Cancelled, holdings
+from llmtasks.run_task import RunTask
+
+logger = logging.getLogger(__name__)
+
+#: Sync functions that run at once at most; each has a thread.
+THREADS: Final = 32
+#: Threads for what a tracer would block the loop with.
+BLOCKING: Final = 16
+#: Seconds between two looks at timers and the end while the pool drains.
+DRAIN_TICK: Final = 0.1
+#: Seconds that coroutines get to tidy up when the worker is ended at once.
+TIDY_UP: Final = 3.0
+
+#: Its stubs describe an older Celery.
+_BasePool: Any = base.BasePool
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True, kw_only=True)
+class Job:
+    """One message that the pool was given. Celery's request keeps it, to end it."""
+
+    id: int
+    run_id: str
+    target: Callable[..., Any]
+    args: Any
+    kwargs: dict[str, Any]
+    callbacks: dict[str, Callable[..., Any] | None]
+    is_async: bool
+    pool: AsyncioPool = field(repr=False)
+
+    def trace(self) -> Any:
+        """Run Celery's tracer."""
+        return self.target(*self.args, **self.kwargs)
+
+    def terminate(self, _signal: int | None = None) -> None:
+        """Cancel the coroutine, whose ``finally`` blocks run; nothing ends a thread."""
+        holdings.interrupt(self.run_id, Cancelled("terminated"))
+
+
+class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
+    """Celery's pool of coroutines. ``worker_pool`` names it."""
+
+    body_can_be_buffer = True
+    signal_safe = False
+    limit: int
+    app: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._jobs: dict[int, Job] = {}
+        self._numbers = itertools.count(1)
+        #: Of messages: given in the main thread, taken in the loop's.
+        self._given: deque[Job] = deque()
+        self._waiting: deque[Job] = deque()
+        self._running = 0
+        self._peak = 0
+        #: Of callbacks: made in other threads, called in the main one.
+        self._said: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._saying = threading.Lock()
+        self._is_called_back = False
+        self._hub: Any = None
+        self._stirred = threading.Event()
+        self._is_async: dict[str, bool] = {}
+        self._threads = self._blocking = ThreadPoolExecutor(1)
+
+    # -- of the main thread
+
+    def on_start(self) -> None:
+        """Start the loop's thread."""
+        self._loop = loops.shared()
+        self._threads = ThreadPoolExecutor(min(self.limit, THREADS), "llmtasks-sync")
+        self._blocking = ThreadPoolExecutor(BLOCKING, "llmtasks-blocking")
+        self._loop.call_soon_threadsafe(self._loop.set_default_executor, ThreadPoolExecutor(THREADS, "llmtasks-thread"))
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Celery's event loop runs, for the first time or again."""
+        self._hub = hub
+        hub.call_soon(self._call_back)
+
+    def on_apply(
+        self,
+        target: Callable[..., Any],
+        args: Any = None,
+        kwargs: dict[str, Any] | None = None,
+        correlation_id: str = "",
+        **options: Any,
+    ) -> Job:
+        """Run a message's tracer as soon as there is room."""
+        names = ("callback", "accept_callback", "error_callback")
+        job = Job(
+            id=next(self._numbers),
+            run_id=correlation_id,
+            target=target,
+            args=args,
+            kwargs=kwargs or {},
+            callbacks={name: options.get(name) for name in names},
+            is_async=self._runs_async(args[0]),
+            pool=self,
+        )
+        self._jobs[job.id] = job
+        if job.is_async:
+            self._given.append(job)
+            if len(self._given) == 1:
+                self._loop.call_soon_threadsafe(self._take)
+        else:
+            # A context of its own: what one run sets, the thread's next does not see.
+            self._threads.submit(contextvars.Context().run, self._run_in_thread, job)
+        return job
+
+    def _runs_async(self, name: str) -> bool:
+        found = self._is_async.get(name)
+        if found is None:
+            task = self.app.tasks.get(name)
+            found = isinstance(task, RunTask) and inspect.iscoroutinefunction(type(task).function)
+            self._is_async[name] = found
+        return found
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        """Do nothing: all jobs have one pid. Celery ends the job itself next, by ``Job.terminate``."""
+
+    def grow(self, n: int = 1) -> None:
+        """Let ``n`` more run at once."""
+        self.limit += n
+        self._loop.call_soon_threadsafe(self._start_waiting)
+
+    def shrink(self, n: int = 1) -> None:
+        """Let ``n`` fewer run at once; what runs goes on.
+
+        Raises:
+            ValueError: None would be left.
+        """
+        if self.limit - n < 1:
+            raise ValueError(f"the pool has {self.limit} places, {n} fewer would leave none")
+        self.limit -= n
+
+    def on_stop(self) -> None:
+        """Wait for what runs, and acknowledge it: nothing else runs in the main thread any more."""
+        while self._jobs:
+            self._stirred.wait(DRAIN_TICK)
+            self._stirred.clear()
+            self._call_back()
+            self._run_hub()
+        self._run_hub()
+        self._close()
+
+    def on_terminate(self) -> None:
+        """End what runs, and give it a moment."""
+        for job in list(self._jobs.values()):
+            job.terminate()
+        deadline = time.monotonic() + TIDY_UP
+        while self._jobs and time.monotonic() < deadline:
+            self._stirred.wait(DRAIN_TICK)
+            self._stirred.clear()
+            self._call_back()
+        self._close()
+
+    def _run_hub(self) -> None:
+        """What Celery's loop would do beside reading messages: timers, of heartbeats too, and acknowledgements."""
+        if self._hub is None:
+            return
+        try:
+            self._hub.fire_timers()
+            _run_acknowledgements(self._hub)
+        except Exception:
+            logger.exception("a timer failed while the pool drains")
+
+    def _close(self) -> None:
+        for executor in (self._threads, self._blocking):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _get_info(self) -> dict[str, Any]:
+        return {
+            **super()._get_info(),
+            "running": self._running,
+            "peak": self._peak,
+            "waiting": len(self._waiting) + len(self._given),
+            "threads": len(getattr(self._threads, "_threads", ())),
+            "loop": type(self._loop).__module__.partition(".")[0],
+        }
+
+    # -- of the loop's thread
+
+    def _take(self) -> None:
+        while self._given:
+            self._waiting.append(self._given.popleft())
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and self._running < self.limit:
+            job = self._waiting.popleft()
+            self._running += 1
+            self._peak = max(self._peak, self._running)
+            self._accept(job)
+
+            def done(value: Any, error: BaseException | None, job: Job = job) -> None:
+                self._running -= 1
+                self._end(job, value, error)
+                if self._waiting:
+                    self._start_waiting()
+
+            Tracer(job.trace, self._loop, self._blocking, done).proceed()
+
+    def _run_in_thread(self, job: Job) -> None:
+        self._accept(job)
+        try:
+            value = job.trace()
+        except BaseException as error:
+            self._end(job, None, error)
+        else:
+            self._end(job, value, None)
+
+    # -- of all threads
+
+    def _accept(self, job: Job) -> None:
+        self._say(job.callbacks["accept_callback"], os.getpid(), time.monotonic())
+
+    def _end(self, job: Job, value: Any, error: BaseException | None) -> None:
+        if error is None:
+            self._say(job.callbacks["callback"], value)
+        else:
+            # What leaves the tracer itself, and not the function.
+            self._say(job.callbacks["error_callback"], _packed(error))
+        self._say(self._forget, job)
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+
+    def _say(self, function: Callable[..., Any] | None, *args: Any) -> None:
+        """Have something called in the main thread."""
+        if function is None:
+            return
+        with self._saying:
+            self._said.append((function, args))
+            is_first, self._is_called_back = not self._is_called_back, True
+        self._stirred.set()
+        if self._hub is None:
+            self._call_back()  # no event loop drives this transport: as Celery's threads pool does
+        elif is_first:
+            self._hub.call_soon(self._call_back)
+
+    def _call_back(self) -> None:
+        with self._saying:
+            self._is_called_back = False
+        while True:
+            try:
+                function, args = self._said.popleft()
+            except IndexError:
+                return
+            try:
+                function(*args)
+            except (WorkerShutdown, WorkerTerminate):
+                raise
+            except Exception:
+                logger.exception("what follows the end of a run failed")
+
+
+def _packed(error: BaseException) -> ExceptionInfo:
+    if not isinstance(error, Exception):
+        error = WorkerLostError(repr(error))
+    return ExceptionInfo((type(error), error, error.__traceback__))
+
+
+def _run_acknowledgements(hub: Any) -> None:
+    """Run what kombu postponed, save the reading of sockets: that would give messages to a pool that has closed."""
+    from celery.concurrency import prefork
+
+    run_ready: Callable[[Any], None] = vars(prefork)["_run_ready_callbacks"]
+    run_ready(hub)
