@@ -15,7 +15,7 @@ from celery.worker import state as worker_state
 from llmtasks import sender
 from llmtasks.dispatch import Station, relay, station
 from llmtasks.errors import LLMTasksError
-from llmtasks.holding import LEDGER_PAUSE, owner_of
+from llmtasks.holding import LEDGER_PAUSE, owner_of, put_back
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import cancelling, outbox, rescue, runs
 from llmtasks.store.runs import NewRun
@@ -153,15 +153,21 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
             self._announce_cancelled(emit_retry=False)
 
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
-        """Cold shutdown or a broker gone: this worker ends the child. The run is released and nothing is counted."""
+        """Cold shutdown or a broker gone: this worker ends what runs. The run is released and nothing is counted."""
         at = self._station
+        if self._is_in_child():
+            self._release(at)  # its message is not acknowledged, and comes back
+        else:
+            put_back(at, self.id)
+        super()._announce_cancelled(emit_retry=False)
+
+    def _release(self, at: Station) -> None:
         try:
             with at.database.transaction() as tx:
                 _, handed = rescue.release(tx, owner_of(self.worker_pid), self.id, at.database.now())
             relay(at, handed)
         except LLMTasksError as away:
             logger.warning("run %s cannot be released, its lease ends it: %s", self.id, away)
-        super()._announce_cancelled(emit_retry=False)
 
     def _is_in_child(self) -> bool:
         return bool(self.worker_pid != os.getpid())

@@ -11,13 +11,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, Final
 
-from llmtasks.dispatch import relay, send, station
-from llmtasks.errors import LLMTasksError
-from llmtasks.holding import Hold, holdings, owner_of
-from llmtasks.store import outbox, rescue
+from llmtasks.dispatch import station
+from llmtasks.holding import holdings, put_back
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +49,7 @@ class Grace:
         logger.warning("runs still go on %s s after the shutdown began: they are put back for another worker", seconds)
         holds = holdings.give_up("the worker shuts down", station(self._consumer.app).settings.lease * TIDY_UP)
         for hold in holds:
-            _put_back(hold)
+            put_back(hold.station, hold.claim.id)
         if not holds:
             os.kill(os.getpid(), signal.SIGQUIT)  # Celery's cold shutdown: what runs is in children, and they end
         elif any(hold.calling for hold in holds):
@@ -71,18 +68,3 @@ class Grace:
             logger.exception("messages fetched and not started stay with the broker until it gives them out again")
         logging.shutdown()
         os._exit(0)
-
-
-def _put_back(hold: Hold) -> None:
-    """Release a run and owe the broker a new message: the old one may be acknowledged or not, a copy does no harm."""
-    at, run_id = hold.station, hold.claim.id
-    now = at.database.now()
-    try:
-        with at.database.transaction() as tx:
-            released, handed = rescue.release(tx, owner_of(), run_id, now)
-            until = now + timedelta(seconds=at.settings.outbox_patience)
-            messages = outbox.requeue(tx, at.name, run_id, now, until) if released else []
-        send(at, messages)
-        relay(at, handed)
-    except LLMTasksError as away:
-        logger.warning("run %s cannot be put back, its lease ends it: %s", run_id, away)
