@@ -6,6 +6,7 @@ import time
 import traceback as traceback_module
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import TracebackType
 from typing import Any, Final, NoReturn, cast
 
 from celery.exceptions import Ignore, Retry
@@ -72,6 +73,7 @@ def succeeded(task: Any, hold: Hold, value: Any) -> Any:
 def failed(task: Any, options: TaskOptions, hold: Hold, error: Exception, cause: BaseException) -> NoReturn:
     """Record a failed attempt: the time of the next one if there is one, else the run's end."""
     claim = hold.claim
+    cause.__traceback__ = _of_the_function(cause.__traceback__)
     final = (
         getattr(task.request, "llm_final", False)
         or isinstance(error, (*_tuple(task.throws), *_tuple(options.celery.get("dont_autoretry_for"))))
@@ -154,6 +156,14 @@ def _measured(hold: Hold, how: End) -> End:
 def line_of(error: BaseException | None) -> str:
     """An error in one line: its type and message."""
     return "" if error is None else traceback_module.format_exception_only(error)[-1].strip()[:500]
+
+
+def _of_the_function(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback that begins with the function: what called it says nothing, and is long."""
+    own = trace
+    while own is not None and own.tb_frame.f_globals.get("__name__", "").startswith(("llmtasks.", "celery.")):
+        own = own.tb_next
+    return own or trace
 
 
 def _trace(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 from celery import states
@@ -15,18 +16,19 @@ from llmtasks.bridge import Gathering, Tracer, Wish, in_thread
 GROUP: Final = 200
 
 #: Stores results and tells who waits for them, as Celery's backend does with a GET, then SETEX and PUBLISH: a success
-#: that is there stays. KEYS: the tasks'. ARGV: seconds to keep them or 0, then the results.
+#: that is there stays. KEYS: the tasks'. ARGV: for each the result, and the seconds to keep it or 0.
 STORE: Final = """
 for i = 1, #KEYS do
+  local value, seconds = ARGV[2 * i - 1], tonumber(ARGV[2 * i])
   local there = redis.call('GET', KEYS[i])
   local readable, meta = pcall(cjson.decode, there or '{}')
   if not (readable and type(meta) == 'table' and meta.status == 'SUCCESS') then
-    if tonumber(ARGV[1]) > 0 then
-      redis.call('SETEX', KEYS[i], ARGV[1], ARGV[i + 1])
+    if seconds > 0 then
+      redis.call('SETEX', KEYS[i], seconds, value)
     else
-      redis.call('SET', KEYS[i], ARGV[i + 1])
+      redis.call('SET', KEYS[i], value)
     end
-    redis.call('PUBLISH', KEYS[i], ARGV[i + 1])
+    redis.call('PUBLISH', KEYS[i], value)
   end
 end
 """
@@ -59,26 +61,72 @@ class BackendOnLoop:
 
     def mark_as_done(
         self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = states.SUCCESS
-    ) -> Any:
-        """Store a success, on Redis together with others."""
+    ) -> None:
+        """Store a success, and tell the chord."""
         if request is not None and request.chord:
-            return in_thread(lambda: self._task.backend.mark_as_done(task_id, result, request, store_result, state))
-        if not store_result or getattr(request, "ignore_result", False):
-            return None
+            in_thread(lambda: self._task.backend.mark_as_done(task_id, result, request, store_result, state))
+        elif store_result and not getattr(request, "ignore_result", False):
+            self.store_result(task_id, result, state, request=request)
+
+    def mark_as_failure(
+        self,
+        task_id: str,
+        exc: BaseException,
+        traceback: Any = None,
+        request: Any = None,
+        store_result: bool = True,
+        call_errbacks: bool = True,
+        state: str = states.FAILURE,
+    ) -> None:
+        """Store a failure, and tell the chord, the rest of the chain and the errbacks."""
+        if request is not None and (request.chord or request.chain or request.errbacks):
+            told = partial(self._tell_failure, task_id, exc, traceback, request, store_result, call_errbacks, state)
+            in_thread(told)
+        elif store_result:
+            self.store_result(task_id, exc, state, traceback=traceback, request=request)
+
+    def _tell_failure(self, *args: Any) -> None:
+        self._task.backend.mark_as_failure(*args)
+
+    def mark_as_retry(
+        self,
+        task_id: str,
+        exc: BaseException,
+        traceback: Any = None,
+        request: Any = None,
+        _store_result: bool = True,
+        state: str = states.RETRY,
+    ) -> Any:
+        """Store that there will be another attempt."""
+        return self.store_result(task_id, exc, state, traceback=traceback, request=request)
+
+    def store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **options: Any
+    ) -> Any:
+        """Store a state, on Redis together with others."""
         backend = self._task.backend_of_thread
-        if not _is_redis(backend):
-            return in_thread(lambda: self._task.backend.mark_as_done(task_id, result, request, store_result, state))
-        made = backend._get_result_meta(backend.encode_result(result, state), state, None, request)
-        made["task_id"] = bytes_to_str(task_id)
-        packed = _Result(backend.get_key_for_task(task_id), backend.encode(made))
+        if options or not _is_redis(backend):
+            store = partial(self._store, task_id, result, state, traceback, request, **options)
+            return in_thread(store)
+        encoded = backend.encode_result(result, state)
+        meta = backend._get_result_meta(encoded, state, traceback, request)
+        meta["task_id"] = bytes_to_str(task_id)
+        seconds = backend.failure_expires if state == states.FAILURE else backend.expires
+        packed = _Result(backend.get_key_for_task(task_id), backend.encode(meta), int(seconds or 0))
         self._tracer.wait_for(_results_of(self._task.app).ask(packed))
-        return result
+        return encoded
+
+    def _store(self, *args: Any, **options: Any) -> Any:
+        task_id, result, state, traceback, request = args
+        return self._task.backend.store_result(task_id, result, state, traceback, request, **options)
 
 
 @dataclass(frozen=True, slots=True)
 class _Result:
     key: str | bytes
     value: str
+    #: To keep it; 0 is for ever.
+    seconds: int
 
 
 class _Results(Gathering[_Result]):
@@ -96,7 +144,8 @@ class _Results(Gathering[_Result]):
     @staticmethod
     def _store(backend: Any, group: list[Wish[_Result]]) -> None:
         keys = [wish.asked.key for wish in group]
-        backend.client.eval(STORE, len(keys), *keys, int(backend.expires or 0), *(wish.asked.value for wish in group))
+        values = (part for wish in group for part in (wish.asked.value, wish.asked.seconds))
+        backend.client.eval(STORE, len(keys), *keys, *values)
 
 
 def _is_redis(backend: Any) -> bool:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 #: Sync functions that run at once at most; each has a thread.
 THREADS: Final = 32
 #: Threads for what a tracer would block the loop with.
-BLOCKING: Final = 16
+BLOCKING: Final = 4
 #: Seconds between two looks at timers and the end while the pool drains.
 DRAIN_TICK: Final = 0.1
 #: Seconds that coroutines get to tidy up when the worker is ended at once.
