@@ -6,16 +6,15 @@ with a statement for each in one pipeline and 110 alone). SQLite and MariaDB do 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ARRAY, ColumnElement, Connection, bindparam, column, func, literal, select
-from sqlalchemy.types import TypeEngine
+from sqlalchemy import ColumnElement, Connection, literal, select
 
 from llmtasks.store import claims, ends
 from llmtasks.store.claims import NEW, RETURNED, Claim, Offer
-from llmtasks.store.dialects import insert_into
+from llmtasks.store.dialects import insert_into, unnested
 from llmtasks.store.ends import GIVEN, End
 from llmtasks.store.prepared import Prepared
 from llmtasks.store.rows import runs
@@ -49,16 +48,8 @@ def end(tx: Connection, attempts: Sequence[tuple[Claim, End]], now: datetime) ->
     return [claim.id in ours for claim, _ in attempts]
 
 
-def _unnested(types: Mapping[str, TypeEngine[Any]]) -> dict[str, ColumnElement[Any]]:
-    """Columns of a table whose rows are the values given: for each name a list, all of one length."""
-    lists = [bindparam(name, type_=ARRAY(kind)) for name, kind in types.items()]
-    columns = [column(name, kind) for name, kind in types.items()]
-    table = func.unnest(*lists).table_valued(*columns, name="given").render_derived()
-    return {name: table.c[name] for name in types}
-
-
 def _claims(dialect: str) -> Any:
-    given = _unnested({name: runs.c[name].type for name in Offer.__dataclass_fields__})
+    given = unnested({name: runs.c[name].type for name in Offer.__dataclass_fields__})
     row = {**NEW, **given, "name": given["func_name"]}
     values = [
         value if isinstance(value, ColumnElement) else literal(value, runs.c[name].type) for name, value in row.items()
@@ -67,4 +58,4 @@ def _claims(dialect: str) -> Any:
 
 
 _CLAIMS: Final = Prepared(_claims, RETURNED)
-_ENDS: Final = Prepared(lambda _dialect: ends.ending(_unnested(GIVEN)).returning(runs.c.id), [runs.c.id])
+_ENDS: Final = Prepared(lambda _dialect: ends.ending(unnested(GIVEN)).returning(runs.c.id), [runs.c.id])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, Integer, Text, bindparam, case, func, select, update
+from sqlalchemy import ColumnElement, Connection, Integer, String, Text, Update, bindparam, case, func, select, update
+from sqlalchemy.types import TypeEngine
 
 from llmtasks.states import ENDED, RunState
 from llmtasks.store.claims import OURS
+from llmtasks.store.dialects import unnested
+from llmtasks.store.prepared import Prepared
 from llmtasks.store.rows import runs, state_in
 
 # Rows are locked in the order of their ids, as everybody does who locks several: no two wait for each other.
@@ -31,26 +35,42 @@ _REQUESTS: Final = select(runs.c.id, runs.c.claim_no, runs.c.reason).where(
 )
 
 
-def _cut(text: Any) -> Any:
-    """``text``, cut to the size that a delivered run may keep."""
-    keep = bindparam("keep", type_=Integer())
-    return case((func.length(text) > keep, func.substr(text, 1, keep)), else_=text)
+#: What a statement that marks ends as delivered is given.
+_GIVEN: Final[dict[str, TypeEngine[Any]]] = {
+    "run_id": String(),
+    "claim": Integer(),
+    "hidden_args": Text(),
+    "hidden_kwargs": Text(),
+    "keep": Integer(),
+}
 
 
-_DELIVERED: Final = (
-    update(runs)
-    .where(OURS, state_in(ENDED))
-    .values(
-        delivered=True,
-        owner=None,
-        envelope=None,
-        failure=None,
-        args=_cut(func.coalesce(bindparam("hidden_args", type_=Text()), runs.c.args)),
-        kwargs=_cut(func.coalesce(bindparam("hidden_kwargs", type_=Text()), runs.c.kwargs)),
-        result=_cut(runs.c.result),
-        traceback=_cut(runs.c.traceback),
+def _delivered(given: Mapping[str, ColumnElement[Any]]) -> Update:
+    """The statement that marks an end, or many, as delivered; long texts are cut to the size that may be kept."""
+
+    def cut(text: ColumnElement[Any]) -> ColumnElement[Any]:
+        return case((func.length(text) > given["keep"], func.substr(text, 1, given["keep"])), else_=text)
+
+    return (
+        update(runs)
+        .where(runs.c.id == given["run_id"], runs.c.claim_no == given["claim"], state_in(ENDED))
+        .values(
+            delivered=True,
+            owner=None,
+            envelope=None,
+            failure=None,
+            args=cut(func.coalesce(given["hidden_args"], runs.c.args)),
+            kwargs=cut(func.coalesce(given["hidden_kwargs"], runs.c.kwargs)),
+            result=cut(runs.c.result),
+            traceback=cut(runs.c.traceback),
+        )
     )
+
+
+_DELIVERED: Final = Prepared(
+    lambda _dialect: _delivered({name: bindparam(name, type_=kind) for name, kind in _GIVEN.items()})
 )
+_ALL_DELIVERED: Final = Prepared(lambda _dialect: _delivered(unnested(_GIVEN)))
 _LET_GO: Final = update(runs).where(OURS, state_in(ENDED)).values(owner=None)
 _CALLBACK: Final = update(runs).where(OURS).values(callback_calls=runs.c.callback_calls + 1)
 _REMARK: Final = update(runs).where(OURS).values(reason=bindparam("why"))
@@ -86,10 +106,12 @@ class Delivered:
 
 def mark_delivered(tx: Connection, ends: list[Delivered]) -> None:
     """Celery was told these ends: nobody holds the runs any more, and what sending again needed is dropped."""
-    names = Delivered.__dataclass_fields__
-    if ends:
-        in_order = sorted(ends, key=lambda item: item.run_id)
-        tx.execute(_DELIVERED, [{name: getattr(item, name) for name in names} for item in in_order])
+    in_order = [{name: getattr(item, name) for name in _GIVEN} for item in sorted(ends, key=lambda item: item.run_id)]
+    if tx.dialect.name != "postgresql":
+        for item in in_order:
+            _DELIVERED.count(tx, item)
+    elif in_order:
+        _ALL_DELIVERED.count(tx, {name: [item[name] for item in in_order] for name in _GIVEN})
 
 
 def let_go(tx: Connection, run_id: str, claim_no: int) -> None:
