@@ -17,7 +17,7 @@ from benchmarks.report import Benchmark, Figure, Report, below, median, run, spr
 from llmtasks import bridge
 from llmtasks.bridge import Body
 from llmtasks.states import RunState
-from llmtasks.store import claims, ends, held
+from llmtasks.store import claims, ends, groups, held
 from llmtasks.store.claims import Offer
 from llmtasks.store.database import Database
 from llmtasks.store.ends import End
@@ -92,6 +92,24 @@ def store_cost(database: Database, count: int) -> tuple[float, float]:
     return 1e6 * (time.process_time() - used) / count, 1e6 * (time.perf_counter() - began) / count
 
 
+def grouped_cost(database: Database, count: int) -> tuple[float, float]:
+    """The same in groups of 50, as the asyncio pool's writer writes them."""
+    began, used = time.perf_counter(), time.process_time()
+    how = End(state=RunState.SUCCEEDED, keeps_owner=True, result="null", run_seconds=0.0)
+    for start in range(0, count, 50):
+        offers = [_offer() for _ in range(min(50, count - start))]
+        now = database.now()
+        with database.transaction() as tx:
+            taken = groups.claim_slotless(tx, offers, now, now - timedelta(seconds=12))
+        held_now = [claim for claim in taken if claim is not None]
+        assert len(held_now) == len(offers)
+        with database.transaction() as tx:
+            assert all(groups.end(tx, [(claim, how) for claim in held_now], now))
+        with database.transaction() as tx:
+            held.mark_delivered(tx, [Delivered(run_id=c.id, claim=c.claim_no, keep=10_000) for c in held_now])
+    return 1e6 * (time.process_time() - used) / count, 1e6 * (time.perf_counter() - began) / count
+
+
 def _offer() -> Offer:
     return Offer(
         id=str(uuid.uuid4()), app="bare", func_name="recorded", args="[]", kwargs="{}", envelope="{" + " " * 500 + "}",
@@ -137,7 +155,8 @@ def measure(options: argparse.Namespace) -> Report:
         with stage.project(kind) as project, stage.database_of(project) as database:
             costs, idle = worker_cost(project, database, count, rounds)
             store = [store_cost(database, count) for _ in range(rounds)]
-        figures += figures_of(kind, costs, idle, store)
+            grouped = [grouped_cost(database, count) for _ in range(rounds)]
+        figures += figures_of(kind, costs, idle, store, grouped)
     for name, micros in bridge_cost(200 if options.quick else 20_000).items():
         figures.append(Figure(name=f"bridge: an empty {name}", value=micros, unit="us"))
     return Report(
@@ -150,7 +169,13 @@ def measure(options: argparse.Namespace) -> Report:
     )
 
 
-def figures_of(kind: str, costs: dict[str, list[float]], idle: float, store: list[tuple[float, float]]) -> list[Figure]:
+def figures_of(
+    kind: str,
+    costs: dict[str, list[float]],
+    idle: float,
+    store: list[tuple[float, float]],
+    grouped: list[tuple[float, float]],
+) -> list[Figure]:
     """What one database says."""
     found = [
         Figure(name=f"{kind}: CPU a run, {what}", value=median(costs[name]), unit="us", beside=spread(costs[name]))
@@ -163,11 +188,19 @@ def figures_of(kind: str, costs: dict[str, list[float]], idle: float, store: lis
         f"{ratio:.2f} of plain; {spread(differences)}; {median(alike):.0f} us against the one with the same options"
     )
     cpu, wall = (median(item[at] for item in store) for at in (0, 1))
+    grouped_cpu, grouped_wall = (median(item[at] for item in grouped) for at in (0, 1))
     return [
         *found,
         below(300, f"{kind}: recording a run", median(differences), "us of worker CPU", beside),
         Figure(
             name=f"{kind}: bare claim, end, delivered", value=cpu, unit="us of CPU", beside=f"{wall:.0f} us of time"
+        ),
+        below(
+            80,
+            f"{kind}: the same in groups of 50",
+            grouped_cpu,
+            "us of CPU",
+            f"{grouped_cpu / cpu:.2f} of one by one; {grouped_wall:.0f} us of time",
         ),
         Figure(name=f"{kind}: an idle worker", value=idle / 1e4, unit="% of a core"),
     ]

@@ -92,7 +92,7 @@ def worker_pool(environ: Mapping[str, str] | None = None) -> str:
     Raises:
         InvalidOptionError: There is no such pool.
     """
-    named = (os.environ if environ is None else environ).get("LLMTASKS_POOL") or "prefork"
+    named = (os.environ if environ is None else environ).get("LLMTASKS_POOL") or "asyncio"
     if named not in POOLS:
         raise InvalidOptionError("LLMTASKS_POOL", named, " or ".join(map(repr, POOLS)))
     return POOLS[named]

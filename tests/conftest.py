@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import celery._state
 import pytest
 
-from tests import children
+from tests import children, processes
 from tests.servers import (
     DATABASE_SERVERS,
     DatabaseServer,
@@ -44,8 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run pytest-celery's nodes in its own containers (default: as local processes)",
     )
 
+    parser.addoption("--pool", default="prefork", help="the pool of workers whose test does not choose one (prefork)")
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    processes.DEFAULT_POOL = config.getoption("--pool")
     # Settings of the developer's shell must not reach the tests. Their own are LLMTASKS_CI and the fixtures'.
     for name in [name for name in os.environ if name.startswith(("LLMTASKS_", "CELERY_", "FLOWER_"))]:
         if name != "LLMTASKS_CI":

@@ -22,6 +22,8 @@ from tests.servers import Valkey, free_port
 
 REPOSITORY = Path(__file__).parents[1]
 START_TIMEOUT = 90
+#: LLMTASKS_POOL of workers for which nobody chooses one; ``pytest --pool`` sets it.
+DEFAULT_POOL = "prefork"
 
 
 class CeleryProcess(ChildProcess):
@@ -91,6 +93,7 @@ class Project:
             "LLMTASKS_RESULT_URL": broker.url,
             "LLMTASKS_DATABASE_URL": database_url,
             "LLMTASKS_IMPORTS": "",
+            "LLMTASKS_POOL": DEFAULT_POOL,
         }
         self._processes: list[CeleryProcess] = []
         self._exit = contextlib.ExitStack()
@@ -129,11 +132,19 @@ class Project:
     ) -> CeleryProcess:
         """Start ``celery worker``, named ``worker-1@test`` and so on, and wait until it consumes."""
         name = self._next_name("worker")
-        pools = [] if pool is None else ["-P", pool]
         # Gossip and mingle let workers hear of each other, which costs a second at start.
         quick = ["--without-gossip", "--without-mingle"]
-        options = ["-l", "INFO", "-n", f"{name}@test", "-c", str(concurrency), *pools, *quick]
-        return self.celery("worker", *options, *arguments, ready=f"{name}@test ready.", name=name, wait=wait)
+        options = ["-l", "INFO", "-n", f"{name}@test", "-c", str(concurrency), *quick]
+        with self._with_environ({} if pool is None else {"LLMTASKS_POOL": pool}):
+            return self.celery("worker", *options, *arguments, ready=f"{name}@test ready.", name=name, wait=wait)
+
+    @contextlib.contextmanager
+    def _with_environ(self, changes: dict[str, str]) -> Iterator[None]:
+        before, self.environ = self.environ, {**self.environ, **changes}
+        try:
+            yield
+        finally:
+            self.environ = before
 
     def beat(self, *arguments: str, wait: bool = True) -> CeleryProcess:
         """Start ``celery beat``."""

@@ -15,7 +15,7 @@ from llmtasks.wording import listed
 #: Seconds by which clocks may differ; hosts that ask a time server differ by some milliseconds.
 CLOCK_TOLERANCE: Final = 2.0
 #: Pools that cannot interrupt a plain function, by the names of their modules in celery.concurrency.
-CANNOT_INTERRUPT: Final = frozenset({"thread", "solo"})
+CANNOT_INTERRUPT: Final = frozenset({"asyncio", "thread", "solo"})
 
 
 def no_beat(patient: Patient) -> Iterator[Finding]:

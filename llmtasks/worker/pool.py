@@ -71,6 +71,8 @@ class Job:
 class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
     """Celery's pool of coroutines. ``worker_pool`` names it."""
 
+    #: What people call it.
+    name = "asyncio"
     body_can_be_buffer = True
     signal_safe = False
     limit: int

@@ -70,9 +70,8 @@ def start_keeping(sender: Any, **_: object) -> None:
     _worker.keeper = Keeper(at)
     _worker.keeper.start()
     pool = sender.pool
-    _worker.heart = ProcessHeart(
-        at, name=sender.hostname, pool=type(pool).__module__.rpartition(".")[2], concurrency=pool.num_processes
-    )
+    kind = getattr(pool, "name", type(pool).__module__.rpartition(".")[2])
+    _worker.heart = ProcessHeart(at, name=sender.hostname, pool=kind, concurrency=pool.num_processes)
     _worker.heart.start()
 
 
