@@ -14,7 +14,6 @@ import inspect
 import itertools
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,11 +24,11 @@ from typing import Any, Final
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import WorkerLostError
 from celery.concurrency import base
-from celery.exceptions import WorkerShutdown, WorkerTerminate
 
 from llmtasks.bridge import Tracer, loops
 from llmtasks.holding import Cancelled, holdings
 from llmtasks.run_task import RunTask
+from llmtasks.worker.callbacks import Callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +84,10 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
         #: Of messages: given in the main thread, taken in the loop's.
         self._given: deque[Job] = deque()
         self._waiting: deque[Job] = deque()
+        self._closing = False
         self._running = 0
         self._peak = 0
-        #: Of callbacks: made in other threads, called in the main one.
-        self._said: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._saying = threading.Lock()
-        self._is_called_back = False
-        self._hub: Any = None
-        self._stirred = threading.Event()
+        self._main = Callbacks()
         self._is_async: dict[str, bool] = {}
         self._threads = self._blocking = ThreadPoolExecutor(1)
 
@@ -107,8 +102,7 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Celery's event loop runs, for the first time or again."""
-        self._hub = hub
-        hub.call_soon(self._call_back)
+        self._main.go_on_with(hub)
 
     def on_apply(
         self,
@@ -167,13 +161,16 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
         self.limit -= n
 
     def on_stop(self) -> None:
-        """Wait for what runs, and acknowledge it: nothing else runs in the main thread any more."""
+        """Wait for what runs, and acknowledge it: nothing else runs in the main thread any more.
+
+        What waits for a place goes back to the broker, when the consumer's connection is closed.
+        """
+        self._closing = True
+        self._loop.call_soon_threadsafe(self._start_waiting)
         while self._jobs:
-            self._stirred.wait(DRAIN_TICK)
-            self._stirred.clear()
-            self._call_back()
-            self._run_hub()
-        self._run_hub()
+            self._main.call(DRAIN_TICK)
+            self._main.run_timers()
+        self._main.run_timers()
         self._close()
 
     def on_terminate(self) -> None:
@@ -182,20 +179,8 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
             job.terminate()
         deadline = time.monotonic() + TIDY_UP
         while self._jobs and time.monotonic() < deadline:
-            self._stirred.wait(DRAIN_TICK)
-            self._stirred.clear()
-            self._call_back()
+            self._main.call(DRAIN_TICK)
         self._close()
-
-    def _run_hub(self) -> None:
-        """What Celery's loop would do beside reading messages: timers, of heartbeats too, and acknowledgements."""
-        if self._hub is None:
-            return
-        try:
-            self._hub.fire_timers()
-            _run_acknowledgements(self._hub)
-        except Exception:
-            logger.exception("a timer failed while the pool drains")
 
     def _close(self) -> None:
         for executor in (self._threads, self._blocking):
@@ -219,8 +204,11 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        while self._waiting and self._running < self.limit:
+        while self._waiting and (self._running < self.limit or self._closing):
             job = self._waiting.popleft()
+            if self._closing:
+                self._main.ask(self._forget, job)
+                continue
             self._running += 1
             self._peak = max(self._peak, self._running)
             self._accept(job)
@@ -234,6 +222,9 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
             Tracer(job.trace, self._loop, self._blocking, done).proceed()
 
     def _run_in_thread(self, job: Job) -> None:
+        if self._closing:
+            self._main.ask(self._forget, job)
+            return
         self._accept(job)
         try:
             value = job.trace()
@@ -245,57 +236,21 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
     # -- of all threads
 
     def _accept(self, job: Job) -> None:
-        self._say(job.callbacks["accept_callback"], os.getpid(), time.monotonic())
+        self._main.ask(job.callbacks["accept_callback"], os.getpid(), time.monotonic())
 
     def _end(self, job: Job, value: Any, error: BaseException | None) -> None:
         if error is None:
-            self._say(job.callbacks["callback"], value)
+            self._main.ask(job.callbacks["callback"], value)
         else:
             # What leaves the tracer itself, and not the function.
-            self._say(job.callbacks["error_callback"], _packed(error))
-        self._say(self._forget, job)
+            self._main.ask(job.callbacks["error_callback"], _packed(error))
+        self._main.ask(self._forget, job)
 
     def _forget(self, job: Job) -> None:
         self._jobs.pop(job.id, None)
-
-    def _say(self, function: Callable[..., Any] | None, *args: Any) -> None:
-        """Have something called in the main thread."""
-        if function is None:
-            return
-        with self._saying:
-            self._said.append((function, args))
-            is_first, self._is_called_back = not self._is_called_back, True
-        self._stirred.set()
-        if self._hub is None:
-            self._call_back()  # no event loop drives this transport: as Celery's threads pool does
-        elif is_first:
-            self._hub.call_soon(self._call_back)
-
-    def _call_back(self) -> None:
-        with self._saying:
-            self._is_called_back = False
-        while True:
-            try:
-                function, args = self._said.popleft()
-            except IndexError:
-                return
-            try:
-                function(*args)
-            except (WorkerShutdown, WorkerTerminate):
-                raise
-            except Exception:
-                logger.exception("what follows the end of a run failed")
 
 
 def _packed(error: BaseException) -> ExceptionInfo:
     if not isinstance(error, Exception):
         error = WorkerLostError(repr(error))
     return ExceptionInfo((type(error), error, error.__traceback__))
-
-
-def _run_acknowledgements(hub: Any) -> None:
-    """Run what kombu postponed, save the reading of sockets: that would give messages to a pool that has closed."""
-    from celery.concurrency import prefork
-
-    run_ready: Callable[[Any], None] = vars(prefork)["_run_ready_callbacks"]
-    run_ready(hub)

@@ -55,7 +55,7 @@ def tasks(project: Project) -> Any:
     return project.app.tasks
 
 
-@pytest.fixture(params=["prefork", "threads"])
+@pytest.fixture(params=["asyncio", "prefork", "threads"])
 def pool(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
