@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
@@ -14,16 +14,13 @@ from celery import canvas
 from celery.exceptions import Retry
 from kombu.exceptions import EncodeError
 
-from llmtasks import accepting, attempt, bridge, sender
+from llmtasks import accepting, attempt, bridge, bulk, sender
 from llmtasks.checks import check_number, check_whole
 from llmtasks.errors import BrokerUnavailableError, InvalidOptionError, InvalidParamsError
-from llmtasks.options import TaskOptions
+from llmtasks.options import DEFAULT_PRIORITY, TaskOptions
 
 #: A delay longer than this is kept in the database; shorter ones wait in the worker as Celery has it.
 BROKER_DELAY: Final = 5.0
-#: Messages of map_delay that one round trip carries.
-MAP_BATCH: Final = 500
-
 
 #: Their stubs describe an older Celery.
 _Signature: Any = canvas.Signature
@@ -143,65 +140,99 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             ConfigurationError: The broker has no such queue, or has it with other arguments.
             BrokerUnavailableError: The broker does not answer.
         """
-        if options.get("serializer", "json") != "json":
-            raise InvalidOptionError(
-                "serializer", options["serializer"], "'json'", "The ledger keeps arguments as JSON."
-            )
-        priority = options.pop("priority", None)
-        if priority is None:
-            priority = self.options.priority
-        else:
-            check_whole("priority", priority, 1, 10)
-        if not self.app.conf.task_always_eager:
+        options = self._checked(options)
+        priority = self._priority(options.pop("priority", None))
+        eager = self.app.conf.task_always_eager
+        if not eager and self.is_kept(options):
+            self._check_arguments(args, kwargs, None)
             delay = self._delay(options.get("countdown"), options.get("eta"))
-            if self._is_kept(delay, options.get("expires", self.expires)):
-                self._check_arguments(args, kwargs, None)
-                named = {**options, "link": link, "link_error": link_error, "shadow": shadow}
-                kept = accepting.keep(self, args, kwargs, task_id, delay, priority, **named)
-                if kept is not None:
-                    return kept
-        options = {**sender.publish_options(self.app), **options}
-        options["priority"] = sender.native_priority(self.app, priority)
-        options["headers"] = {**(options.get("headers") or {}), sender.SENT_HEADER: time.time()}
-        if self.options.queue is not None and not {"queue", "exchange", "routing_key"} & set(options):
-            options["queue"] = self.options.queue
+            named = {**options, "link": link, "link_error": link_error, "shadow": shadow}
+            kept = accepting.keep(self, args, kwargs, task_id, delay, priority, **named)
+            if kept is not None:
+                return kept
+        options = self.publish_options(options, priority)
         try:
-            return super().apply_async(args, kwargs, task_id, producer, link, link_error, shadow, **options)
-        except EncodeError:
-            self._check_json(args, kwargs)
-            raise
-        except sender.gone(self.app) as error:
-            raise sender.refusal(self.app, error) or self._outage(error) from error
-        except RuntimeError as error:
-            # What the Redis result backend makes of a connection error (backends/asynchronous.py:390).
-            if isinstance(error.__cause__, sender.gone(self.app)):
-                raise self._outage(error.__cause__) from error
-            raise
-        except TypeError as error:
-            if isinstance(error, InvalidParamsError):
+            if eager or producer or link or link_error or not sender.is_shared(self, options):
+                options["headers"] = {**(options.get("headers") or {}), sender.SENT_HEADER: time.time()}
+                return super().apply_async(args, kwargs, task_id, producer, link, link_error, shadow, **options)
+            self.check_header(args, kwargs)
+            batch = sender.Batch(self, {**options, "shadow": shadow}, args, kwargs)
+            result = batch.add(args, kwargs, task_id)
+            batch.send()
+            return result
+        except Exception as error:
+            explained = self.explained(error, args, kwargs)
+            if explained is error:
                 raise
-            self._check_arguments(args, kwargs, error)
-            raise
+            raise explained from (error.__cause__ if isinstance(error, RuntimeError) else error)
 
     async def adelay(self, *args: Any, **kwargs: Any) -> Any:
         """``delay`` for code on an event loop: the broker is spoken to in a thread."""
         return await asyncio.to_thread(self.delay, *args, **kwargs)
 
-    def map_delay(self, items: Iterable[Any]) -> list[Any]:
-        """Send one run for each item, many in one round trip where the broker's transport can.
+    def map_delay(self, items: Iterable[Any], **options: Any) -> list[Any]:
+        """Send one run for each item, 500 in one round trip where the broker's transport can.
+
+        The items of a round trip are checked before any of them is sent: a bad one leaves out its own 500 and what
+        would follow. What went before is sent; the error's ``sent`` has the handles.
 
         Args:
             items: A tuple is taken as the positional arguments, a dict as the keyword arguments, anything else as the
-                only argument.
+                only argument. They may come from a generator, and are taken when their turn comes.
+            options: Those of ``apply_async``, for all runs alike; not ``task_id``.
 
         Returns:
             The results' handles in the items' order.
+
+        Raises:
+            InvalidParamsError: An item does not fit, and the error says which.
+            BrokerUnavailableError: The broker does not answer; which items were sent, the error says.
         """
-        sent: list[Any] = []
-        with self.app.producer_or_acquire() as producer, producer.batch(max_size=MAP_BATCH):
-            for args, kwargs in map(_arguments_of, items):
-                sent.append(self.apply_async(args, kwargs, producer=producer))
-        return sent
+        return bulk.send_each(self, items, options)
+
+    # -- what sending one and many have in common
+
+    def is_kept(self, options: Mapping[str, Any]) -> bool:
+        """Whether the database has to keep the run: until its time, or because the broker would drop it in silence."""
+        delay = self._delay(options.get("countdown"), options.get("eta"))
+        if self.options.unique or delay > BROKER_DELAY or (delay > 0 and not sender.broker_can_wait(self.app)):
+            return True
+        return options.get("expires", self.expires) is not None and not sender.broker_tells_expiry(self.app)
+
+    def publish_options(self, options: Mapping[str, Any], priority: int | None = None) -> dict[str, Any]:
+        """Options of ``apply_async`` as Celery and the transport understand them."""
+        if priority is None:
+            options = self._checked(options)
+            priority = self._priority(options.pop("priority", None))
+        made = {**sender.publish_options(self.app), **options, "priority": sender.native_priority(self.app, priority)}
+        if self.options.queue is not None and not {"queue", "exchange", "routing_key"} & set(options):
+            made["queue"] = self.options.queue
+        return made
+
+    def check_header(self, args: Any, kwargs: Any) -> None:
+        """Check the arguments as Celery does, which is quick.
+
+        Raises:
+            TypeError: They do not fit.
+        """
+        if self.typing:
+            self.__header__(*(args or ()), **(kwargs or {}))
+
+    def explained(self, error: Exception, args: Any, kwargs: Any) -> Exception:
+        """What to raise for an error of sending: one that says what to do, or the error itself."""
+        try:
+            if isinstance(error, EncodeError):
+                self._check_json(args, kwargs)
+            elif isinstance(error, sender.gone(self.app)):
+                return sender.refusal(self.app, error) or self._outage(error)
+            # What the Redis result backend makes of a connection error (backends/asynchronous.py:390).
+            elif isinstance(error, RuntimeError) and isinstance(error.__cause__, sender.gone(self.app)):
+                return self._outage(error.__cause__)
+            elif isinstance(error, TypeError) and not isinstance(error, InvalidParamsError):
+                self._check_arguments(args, kwargs, error)
+        except InvalidParamsError as invalid:
+            return invalid
+        return error
 
     def _outage(self, error: BaseException) -> BrokerUnavailableError:
         """The error of a broker that is away.
@@ -212,11 +243,22 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
         away = sender.outage(self.app, error)
         return BrokerUnavailableError(str(away)) if attempt.is_telling() else away
 
-    def _is_kept(self, delay: float, expires: Any) -> bool:
-        """Whether the database has to keep the run: until its time, or because the broker would drop it in silence."""
-        if self.options.unique or delay > BROKER_DELAY or (delay > 0 and not sender.broker_can_wait(self.app)):
-            return True
-        return expires is not None and not sender.broker_tells_expiry(self.app)
+    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        if options.get("serializer", "json") != "json":
+            raise InvalidOptionError(
+                "serializer", options["serializer"], "'json'", "The ledger keeps arguments as JSON."
+            )
+        return dict(options)
+
+    def _priority(self, given: int | None) -> int:
+        """The priority asked for, else the function's; the parent's where ``task_inherit_parent_priority`` says so."""
+        if given is not None:
+            check_whole("priority", given, 1, 10)
+            return given
+        parent = self.app.current_worker_task
+        if parent and self.options.priority == DEFAULT_PRIORITY and self.app.conf.task_inherit_parent_priority:
+            return sender.user_priority(self.app, (parent.request.delivery_info or {}).get("priority"))
+        return self.options.priority
 
     def _delay(self, countdown: Any, eta: Any) -> float:
         check_number("countdown", countdown)
@@ -251,11 +293,3 @@ def body_of(function: Callable[..., Any]) -> Callable[..., Any]:
         return attempt.call_body(function, args, kwargs)
 
     return run
-
-
-def _arguments_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(item, tuple):
-        return item, {}
-    if isinstance(item, dict):
-        return (), item
-    return (item,), {}

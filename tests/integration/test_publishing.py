@@ -1,0 +1,336 @@
+"""Sending: what a message carries, what one and many cost, what a caller learns who sends bad ones or to nobody."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, signals
+
+from llmtasks.errors import BrokerUnavailableError, DuplicateRunError, InvalidOptionError, InvalidParamsError
+from llmtasks.states import RunState
+from tests.ledger import Ledger, project_with, queue_length
+from tests.processes import Project
+
+pytestmark = pytest.mark.redis
+
+TASKS = """
+    from llmtasks import task_registry
+
+
+    @task_registry.register(name="add", max_retries=0)
+    def add(x, y=0):
+        return x + y
+
+
+    @task_registry.register(name="urgent", priority=1, queue="fast", timeout=60, max_retries=0)
+    def urgent(text="", *, number=0):
+        return text
+
+
+    @task_registry.register(name="once", unique=["x"], on_duplicate="refuse")
+    def once(x):
+        return x
+"""
+
+#: Says what a message carries that is different each time.
+PASSING = frozenset({"id", "root_id", "correlation_id", "delivery_tag", "llm_sent_at"})
+
+
+@pytest.fixture
+def project(tmp_path: Any) -> Iterator[Project]:
+    """A project without a worker, whose broker the test may kill."""
+    with project_with(tmp_path, TASKS) as project:
+        yield project
+
+
+@pytest.fixture
+def client(project: Project) -> Iterator[Any]:
+    with redis.Redis(unix_socket_path=project.broker.socket, decode_responses=True) as client:
+        yield client
+
+
+def watched(run: Callable[[], Any]) -> Any:
+    """Do something while somebody receives a signal of each message: Celery sends these one by one."""
+
+    def receive(**_: Any) -> None:
+        """Nothing."""
+
+    signals.after_task_publish.connect(receive)
+    try:
+        return run()
+    finally:
+        signals.after_task_publish.disconnect(receive)
+
+
+def messages(client: Any, key: str) -> list[dict[str, Any]]:
+    """The messages at a key, oldest first, without what differs each time; their bodies as Celery's tuple."""
+    import base64
+    import json
+
+    found: list[dict[str, Any]] = []
+    for text in reversed(client.lrange(key, 0, -1)):
+        message = json.loads(text)
+        message["body"] = json.loads(base64.b64decode(message["body"]))
+        for part in (message["headers"], message["properties"]):
+            for name in PASSING & set(part):
+                part[name] = type(part[name]).__name__
+        found.append(message)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"priority": 2},
+        {"queue": "other", "headers": {"tenant": "blue"}},
+        {"time_limit": 9, "soft_time_limit": 7, "ignore_result": True, "shadow": "shown", "retry": False},
+        {"compression": "zlib"},
+    ],
+)
+@pytest.mark.parametrize("name", ["add", "urgent"])
+def test_message_is_the_one_that_celery_would_have_sent(
+    name: str, options: dict[str, Any], project: Project, tasks: Any, client: Any
+) -> None:
+    """Header for header: of one run, of many, and of those that Celery's own code sends one by one."""
+    if options.get("compression"):  # a compressed body is no JSON
+        tasks[name].apply_async(("a",), **options)
+        assert queue_length(project.broker, "fast" if name == "urgent" else "celery") == 1
+        return
+
+    tasks[name].apply_async(("a",), **options)
+    tasks[name].map_delay(["a", ("a",)], **options)
+    watched(lambda: tasks[name].apply_async(("a",), **options))
+    watched(lambda: tasks[name].map_delay(["a"], **options))
+
+    (key,) = [key for key in client.keys("*") if client.type(key) == "list"]
+    found = messages(client, key)
+    assert len(found) == 5
+    assert found == [found[-1]] * 5
+
+
+def test_routes_of_the_app_decide_where_messages_go(project: Project, tasks: Any) -> None:
+    """By name, by a pattern, or by a router of the app's own that looks at each item's arguments."""
+    project.app.conf.task_routes = {"add": {"queue": "by-name"}}
+    project.app.amqp.flush_routes()
+    project.app.amqp.__dict__.pop("router", None)
+    tasks["add"].delay(1)
+    tasks["add"].map_delay([1, 2])
+    assert queue_length(project.broker, "by-name") == 3
+
+    def by_argument(name: str, args: Any, *_: Any, **__: Any) -> Any:
+        return {"queue": f"number-{args[0]}"}
+
+    project.app.conf.task_routes = [by_argument]
+    project.app.amqp.flush_routes()
+    project.app.amqp.__dict__.pop("router", None)
+    tasks["add"].map_delay([1, 2, 2])
+    tasks["add"].delay(1)
+    assert (queue_length(project.broker, "number-1"), queue_length(project.broker, "number-2")) == (2, 2)
+
+
+def test_publish_signals_and_what_is_wrapped_around_celery_see_each_message(
+    tasks: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receiver may change the headers of each message, of many too; tracing libraries wrap ``send_task``."""
+    seen: list[str] = []
+
+    def before(sender: str, headers: dict[str, Any], **_: Any) -> None:
+        headers["trace"] = f"{sender}-{len(seen)}"
+        seen.append("before")
+
+    def after(**_: Any) -> None:
+        seen.append("after")
+
+    signals.before_task_publish.connect(before)
+    signals.after_task_publish.connect(after)
+    try:
+        tasks["add"].delay(1)
+        tasks["add"].map_delay([2, 3])
+    finally:
+        signals.before_task_publish.disconnect(before)
+        signals.after_task_publish.disconnect(after)
+    assert seen == ["before", "after"] * 3
+    assert [item["headers"]["trace"] for item in messages(client, "celery\x06\x164")] == ["add-0", "add-2", "add-4"]
+
+    original, wrapped = Celery.send_task, list[str]()
+
+    def send_task(self: Any, name: str, *args: Any, **options: Any) -> Any:
+        wrapped.append(name)
+        return original(self, name, *args, **options)
+
+    monkeypatch.setattr(Celery, "send_task", send_task)
+    tasks["add"].delay(1)
+    tasks["add"].map_delay([2, 3])
+    assert wrapped == ["add"] * 3
+
+
+def test_sent_events_are_those_of_celery(project: Project, tasks: Any) -> None:
+    """One and many tell ``task-sent`` with Celery's fields, if the app wants such events."""
+    app, events = project.app, list[dict[str, Any]]()
+    with app.connection_for_read() as connection:
+        receiver: Any = app.events.Receiver(
+            connection, handlers={"task-sent": lambda event: events.append(dict(event))}
+        )
+        with receiver.consumer_context() as (drained, *_):
+
+            def heard(count: int) -> None:
+                while len(events) < count:
+                    drained.drain_events(timeout=30)
+
+            with suppress(TimeoutError):
+                drained.drain_events(timeout=1)  # subscribes
+            app.conf.task_send_sent_event = False
+            tasks["add"].delay(1)
+            app.conf.task_send_sent_event = True
+            watched(lambda: tasks["add"].delay(1, y=2))
+            tasks["add"].delay(1, y=2)
+            results = tasks["add"].map_delay([{"x": 1, "y": 2}, (1,)])
+            heard(4)
+
+    assert [event["uuid"] for event in events[2:]] == [result.id for result in results]
+    passing = {"uuid", "root_id", "timestamp", "clock", "local_received", "args", "kwargs"}
+    plain = [{name: value for name, value in event.items() if name not in passing} for event in events]
+    assert plain == [plain[0]] * 4
+    assert [(event["args"], event["kwargs"]) for event in events] == [
+        ("(1,)", "{'y': 2}"), ("(1,)", "{'y': 2}"), ("()", "{'x': 1, 'y': 2}"), ("(1,)", "{}")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("transport", ["llmtasks", "stock"])
+def test_many_take_one_round_trip_for_each_500(transport: str, tmp_path: Any) -> None:
+    """1,200 messages with their events are three round trips, in order; on our transport three commands too."""
+    with project_with(tmp_path, TASKS, LLMTASKS_REDIS_TRANSPORT=transport) as project:
+        task: Any = project.app.tasks["add"]
+        task.map_delay([0])  # connects and declares
+        with redis.Redis(unix_socket_path=project.broker.socket, decode_responses=True) as client:
+            client.delete("celery\x06\x164")
+            before = commands(client)
+            pipelines = reads(client)
+
+            results = task.map_delay(range(1200))
+
+            used, read = commands(client), reads(client) - pipelines
+            assert [item["body"][0] for item in messages(client, "celery\x06\x164")] == [[n] for n in range(1200)]
+        assert len({result.id for result in results}) == 1200
+        assert used.get("eval", 0) - before.get("eval", 0) == (3 if transport == "llmtasks" else 0)
+        assert used["lpush"] - before.get("lpush", 0) == (3 if transport == "llmtasks" else 1200)
+        assert used.get("subscribe", 0) == before.get("subscribe", 0)
+        assert read < 600  # one reading of the socket takes 16 KiB; one by one there would be 2,400
+
+
+def commands(client: Any) -> dict[str, int]:
+    """How often the server did each command."""
+    return {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in client.info("commandstats").items()}
+
+
+def reads(client: Any) -> int:
+    """How often the server read from its clients."""
+    return int(client.info("stats")["total_reads_processed"])
+
+
+def test_items_are_taken_when_their_turn_comes(project: Project, tasks: Any) -> None:
+    """A generator is not read to its end first; what it raises comes through, and what went before is sent."""
+
+    def items() -> Iterator[int]:
+        yield from range(499)
+        assert queue_length(project.broker) == 0
+        yield 499
+        assert queue_length(project.broker) == 500
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        tasks["add"].map_delay(items())
+    assert queue_length(project.broker) == 500
+    assert tasks["add"].map_delay([]) == []
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "said"), [((1, 2, 3), "item 700: arguments of 'add' do not fit"), (object(), r"item 700: args\[0\] is")]
+)
+def test_bad_item_is_named_and_leaves_out_its_500(
+    bad: Any, said: str, seen: bool, project: Project, tasks: Any
+) -> None:
+    """The first 500 are sent, of the next 500 none, and the error has the handles of those that are."""
+    items = [*range(700), bad, *range(700)]
+
+    def send() -> Any:
+        return tasks["add"].map_delay(items, ignore_result=True)  # Celery's own sending subscribes to each
+
+    with pytest.raises(InvalidParamsError, match=said) as caught:
+        watched(send) if seen else send()
+
+    assert len({result.id for result in caught.value.sent}) == 500
+    assert queue_length(project.broker) == 500
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_broker_that_goes_away_between_batches_is_told_with_what_was_sent(
+    seen: bool, project: Project, tasks: Any
+) -> None:
+    """The error says how many items the broker has and of how many that is not known."""
+
+    def items() -> Iterator[int]:
+        yield from range(1000)
+        project.broker.kill()
+        yield from range(300)
+
+    def send() -> Any:
+        return tasks["add"].map_delay(items(), ignore_result=True)  # Celery's own sending subscribes to each
+
+    said = "the first 1000 items were sent, the next 300 perhaps, the others not"
+    with pytest.raises(BrokerUnavailableError, match=said) as caught:
+        watched(send) if seen else send()
+    assert len(caught.value.sent) == 1000
+
+    project.broker.start()
+    assert queue_length(project.broker) == 1000
+    tasks["add"].map_delay(range(3))
+    assert queue_length(project.broker) == 1003
+
+
+def test_connection_that_broke_meanwhile_is_no_error(project: Project, tasks: Any) -> None:
+    """A broker that was restarted between two sendings costs nothing but a new connection."""
+    tasks["add"].delay(1)
+    project.broker.restart()
+    tasks["add"].delay(2)
+    project.broker.restart()
+    tasks["add"].map_delay([3, 4])
+
+    assert queue_length(project.broker) == 4
+
+
+def test_runs_that_the_database_keeps_are_kept_one_by_one(project: Project, tasks: Any, ledger: Ledger) -> None:
+    """Runs of a unique function and those of another time are rows before they are messages; a duplicate is named."""
+    later = tasks["add"].map_delay([1, 2], countdown=60)
+    assert {ledger.run(result.id).state for result in later} == {RunState.PENDING}  # type: ignore[union-attr]
+    assert queue_length(project.broker) == 0
+
+    with pytest.raises(DuplicateRunError) as caught:
+        tasks["once"].map_delay([1, 2, 1, 3])
+    assert caught.value.__notes__ == ["This is about item 2."]
+    assert [result.id for result in caught.value.sent] == [run.id for run in reversed(ledger.all("once"))]
+
+
+def test_options_of_one_run_are_not_those_of_many(tasks: Any) -> None:
+    """``task_id`` would be that of all; a wrong priority is refused as by apply_async."""
+    with pytest.raises(InvalidOptionError, match="task_id='mine': expected only options that all runs share"):
+        tasks["add"].map_delay([1], task_id="mine")
+    with pytest.raises(InvalidOptionError, match="priority=11"):
+        tasks["add"].map_delay([1], priority=11)
+
+
+def test_messages_of_a_batch_keep_their_order(project: Project, tasks: Any, client: Any) -> None:
+    """Messages of several queues and priorities in one of kombu's batches: each queue has its own, in order."""
+    with project.app.producer_or_acquire() as producer, producer.batch(max_size=10_000):
+        for number, queue in itertools.product(range(1500), ("one", "two")):
+            producer.publish({"n": number}, routing_key=queue, priority=number % 2)
+
+    for queue in ("one", "two"):
+        for priority, key in ((0, queue), (1, f"{queue}\x06\x161")):
+            found = [item["body"]["n"] for item in messages(client, key)]
+            assert found == list(range(priority, 1500, 2))
