@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from celery import canvas
 from celery.exceptions import Retry
 from kombu.exceptions import EncodeError
 
-from llmtasks import accepting, attempt, bridge, bulk, sender
+from llmtasks import accepting, aside, attempt, bridge, bulk, sender
 from llmtasks.checks import check_number, check_whole
 from llmtasks.errors import BrokerUnavailableError, InvalidOptionError, InvalidParamsError
 from llmtasks.options import DEFAULT_PRIORITY, TaskOptions
@@ -167,8 +166,8 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             raise explained from (error.__cause__ if isinstance(error, RuntimeError) else error)
 
     async def adelay(self, *args: Any, **kwargs: Any) -> Any:
-        """``delay`` for code on an event loop: the broker is spoken to in a thread."""
-        return await asyncio.to_thread(self.delay, *args, **kwargs)
+        """``delay`` for code on an event loop: the broker is spoken to in a thread, which is none of asyncio's own."""
+        return await aside.delay(self, args, kwargs)
 
     def map_delay(self, items: Iterable[Any], **options: Any) -> list[Any]:
         """Send one run for each item, 500 in one round trip where the broker's transport can.

@@ -1,6 +1,8 @@
 """Sending: what a message carries, what one and many cost, what a caller learns who sends bad ones or to nobody."""
 
+import asyncio
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -322,6 +324,104 @@ def test_options_of_one_run_are_not_those_of_many(tasks: Any) -> None:
         tasks["add"].map_delay([1], task_id="mine")
     with pytest.raises(InvalidOptionError, match="priority=11"):
         tasks["add"].map_delay([1], priority=11)
+
+
+async def lag_while(work: Callable[[], Any]) -> tuple[float, float]:
+    """By how many seconds the event loop was late at worst while ``work`` was awaited, and of these by our own doing.
+
+    What other processes do makes the loop late too; what threads of this one do takes its own CPU time.
+    """
+    late, own = [0.0], [0.0]
+
+    async def tick() -> None:
+        while True:
+            began, used = time.perf_counter(), time.process_time()
+            await asyncio.sleep(0.001)
+            late.append(time.perf_counter() - began - 0.001)
+            own.append(min(late[-1], time.process_time() - used))
+
+    ticker = asyncio.create_task(tick())
+    await asyncio.sleep(0.01)
+    await work()
+    ticker.cancel()
+    return max(late), max(own)
+
+
+async def least_lag_while(work: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """The best of some rounds."""
+    found = [await lag_while(work) for _ in range(rounds)]
+    return min(late for late, _ in found), min(own for _, own in found)
+
+
+async def test_adelay_does_not_hold_up_the_event_loop(project: Project, tasks: Any) -> None:
+    """While 200 are sent at a time, or while the broker is away, it makes the loop late by less than 5 ms."""
+
+    async def many() -> None:
+        await asyncio.gather(*(tasks["add"].adelay(number) for number in range(200)))
+
+    async def refused() -> None:
+        errors = await asyncio.gather(*(tasks["add"].adelay(n) for n in range(200)), return_exceptions=True)
+        assert {isinstance(error, BrokerUnavailableError) for error in errors} == {True}
+
+    await many()
+    late, own = await least_lag_while(many, 10)
+    assert own < 0.005
+    assert late < 0.1
+    assert queue_length(project.broker) == 2200
+    project.broker.kill()
+    late, own = await least_lag_while(refused, 4)
+    assert own < 0.005
+    assert late < 0.1
+
+
+async def test_broker_that_is_away_takes_no_thread_of_anybody_else(project: Project, tasks: Any) -> None:
+    """200 adelay without a broker end as soon as a few, and ``asyncio.to_thread`` works meanwhile."""
+    await tasks["add"].adelay(1)
+    project.broker.kill()
+
+    async def refused(count: int) -> float:
+        began = time.monotonic()
+        errors = await asyncio.gather(*(tasks["add"].adelay(n) for n in range(count)), return_exceptions=True)
+        assert {type(error).__mro__[1] for error in errors} == {BrokerUnavailableError}
+        return time.monotonic() - began
+
+    few = await refused(1)
+    sending = asyncio.create_task(refused(200))
+    began = time.monotonic()
+    await asyncio.sleep(0)
+    await asyncio.gather(*(asyncio.to_thread(time.monotonic) for _ in range(20)))
+    assert time.monotonic() - began < few
+    assert not sending.done()
+    assert await sending < few * 4 + 1
+
+    project.broker.start()
+    assert (await tasks["add"].adelay(1)).id
+
+
+def test_forked_process_sends_with_threads_of_its_own(project: Project) -> None:
+    """Those of its parent do not exist there."""
+    shown = project.python(
+        """
+        import asyncio
+        from billiard import get_context
+        from celery import current_app
+        current_app.loader.import_default_modules()
+        from tasks import add
+
+        def send():
+            asyncio.run(add.adelay(2))
+            print("sent", flush=True)
+
+        asyncio.run(add.adelay(1))
+        child = get_context("fork").Process(target=send)
+        child.start()
+        child.join(30)
+        print(child.exitcode)
+        """
+    )
+
+    assert shown.split() == ["sent", "0"]
+    assert queue_length(project.broker) == 2
 
 
 def test_messages_of_a_batch_keep_their_order(project: Project, tasks: Any, client: Any) -> None:
