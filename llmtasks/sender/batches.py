@@ -59,7 +59,7 @@ def is_shared(task: Any, options: Mapping[str, Any], *, many: bool = False) -> b
         and not any(signal.receivers for signal in _WATCHED)
         and app.amqp.create_task_message == app.amqp.as_task_v2
         and _is_own(_celery.Task.apply_async)
-        and _is_own(type(app).send_task)
+        and _is_own(getattr(app.send_task, "__func__", app.send_task))
         and not (many and any(not isinstance(router, MapRoute) for router in app.amqp.router.routes))
     )
 
@@ -239,7 +239,8 @@ def _shown(value: Any, parts: Any) -> str | None:
     for part in parts:
         kind = type(part)
         if kind is str:
-            if len(part) > _SHORT:
+            # Celery escapes these in a way of its own (utils/saferepr.py:211).
+            if len(part) > _SHORT or "'" in part or "\\" in part or not part.isprintable():
                 return None
         elif kind is not int and kind is not float and kind is not bool and part is not None:
             return None

@@ -87,7 +87,7 @@ def messages(client: Any, key: str) -> list[dict[str, Any]]:
     "options",
     [
         {},
-        {"priority": 2},
+        {"priority": 2, "text": "it's \\ \n" + "long" * 500},
         {"queue": "other", "headers": {"tenant": "blue"}},
         {"time_limit": 9, "soft_time_limit": 7, "ignore_result": True, "shadow": "shown", "retry": False},
         {"compression": "zlib"},
@@ -98,15 +98,17 @@ def test_message_is_the_one_that_celery_would_have_sent(
     name: str, options: dict[str, Any], project: Project, tasks: Any, client: Any
 ) -> None:
     """Header for header: of one run, of many, and of those that Celery's own code sends one by one."""
+    options = dict(options)
     if options.get("compression"):  # a compressed body is no JSON
         tasks[name].apply_async(("a",), **options)
         assert queue_length(project.broker, "fast" if name == "urgent" else "celery") == 1
         return
 
-    tasks[name].apply_async(("a",), **options)
-    tasks[name].map_delay(["a", ("a",)], **options)
-    watched(lambda: tasks[name].apply_async(("a",), **options))
-    watched(lambda: tasks[name].map_delay(["a"], **options))
+    text = options.pop("text", "a")
+    tasks[name].apply_async((text,), **options)
+    tasks[name].map_delay([text, (text,)], **options)
+    watched(lambda: tasks[name].apply_async((text,), **options))
+    watched(lambda: tasks[name].map_delay([text], **options))
 
     (key,) = [key for key in client.keys("*") if client.type(key) == "list"]
     found = messages(client, key)
