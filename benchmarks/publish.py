@@ -20,18 +20,23 @@ from llmtasks.store.rows import schedules
 
 
 def rates(
-    ways: dict[str, Callable[[int], None]], count: int, rounds: int, flush: Callable[[], None]
+    ways: dict[str, Callable[[int], None]],
+    count: int,
+    rounds: int,
+    flush: Callable[[], None],
+    cpu: dict[str, list[float]],
 ) -> dict[str, list[float]]:
-    """Messages a second by each way, in alternating rounds in this process."""
+    """Messages a second by each way, in alternating rounds in this process; ``cpu`` gets its microseconds of each."""
     for send in ways.values():
         send(min(count, 200))  # opens connections, fills caches
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways) if number % 2 == 0 else reversed(ways):
             flush()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             ways[name](count)
             found[name].append(count / (time.perf_counter() - began))
+            cpu.setdefault(name, []).append((time.process_time() - used) / count * 1_000_000)
     return found
 
 
@@ -92,9 +97,10 @@ def measure(options: argparse.Namespace) -> Report:
             "Task.save_many_sync": lambda count: save(count),
         }
         station().database.migrate()
-        found = rates(one, count, rounds, project.broker.flush)
-        found |= rates(many, bulk, few, project.broker.flush)
-        found |= rates(saving, bulk // 4, max(1, rounds // 10), forget_schedules)
+        cpu: dict[str, list[float]] = {}
+        found = rates(one, count, rounds, project.broker.flush, cpu)
+        found |= rates(many, bulk, few, project.broker.flush, cpu)
+        found |= rates(saving, bulk // 4, max(1, rounds // 10), forget_schedules, cpu)
         held_up = [asyncio.run(lag_of(recorded)) for _ in range(few)]
     return Report(
         name="publish",
@@ -103,7 +109,7 @@ def measure(options: argparse.Namespace) -> Report:
             f"{count:,} messages, {few} of {bulk:,} for the ways to send many, SQLite for the rows. A ratio is the "
             "median of the rounds' ratios."
         ),
-        figures=figures_of(found, held_up),
+        figures=figures_of(found, cpu, held_up),
     )
 
 
@@ -169,7 +175,7 @@ async def lag_of(task: Any) -> float:
     return max(late)
 
 
-def figures_of(found: dict[str, list[float]], held_up: list[float]) -> list[Figure]:
+def figures_of(found: dict[str, list[float]], cpu: dict[str, list[float]], held_up: list[float]) -> list[Figure]:
     """The rates and their ratios."""
 
     def ratio(ours: str, theirs: str) -> list[float]:
@@ -181,7 +187,13 @@ def figures_of(found: dict[str, list[float]], held_up: list[float]) -> list[Figu
     delay = ratio("registered .delay", "plain .delay")
     bulk = found["registered .map_delay"]
     return [
-        *(Figure(name=name, value=median(values), unit="/s", beside=spread(values)) for name, values in found.items()),
+        *(
+            Figure(
+                name=name, value=median(values), unit="/s",
+                beside=f"{spread(values)}; {median(cpu[name]):.0f} us of CPU each, at best {min(cpu[name]):.0f}",
+            )
+            for name, values in found.items()
+        ),
         at_least(1.3, ".delay, registered / plain", median(delay), "", spread(delay, 2)),
         shown(".apply_async, registered / plain", ratio("registered .apply_async", "plain .apply_async")),
         at_least(16_000, ".map_delay, best round", max(bulk), "/s"),
