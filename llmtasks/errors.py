@@ -23,11 +23,15 @@ Each message says what was wrong, what was expected, and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class LLMTasksError(Exception):
     """Anything that llmtasks itself raises."""
+
+    #: Of an error of ``map_delay``: the handles of the runs that were sent before.
+    sent: Sequence[Any] = ()
 
 
 class ConfigurationError(LLMTasksError):

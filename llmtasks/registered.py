@@ -85,8 +85,11 @@ class Sendable(Protocol[P, R_co]):
         """Send a run to the broker without blocking the event loop."""
         ...
 
-    def map_delay(self, items: Iterable[Any]) -> Sequence[AsyncResult[R_co]]:
-        """Send one run for each item: a tuple of arguments, a dict of keyword arguments, or the only argument."""
+    def map_delay(self, items: Iterable[Any], **options: Any) -> Sequence[AsyncResult[R_co]]:
+        """Send one run for each item: a tuple of arguments, a dict of keyword arguments, or the only argument.
+
+        ``options`` are those of ``apply_async``, for all runs alike.
+        """
         ...
 
     def apply_async(

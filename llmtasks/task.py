@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Self, TypeAlias
 
 from llmtasks import backfill, dispatch
-from llmtasks.changes import OPTION_NAMES, begun, check_movable, paused, resumed, saved_over, upcoming
+from llmtasks.changes import OPTION_NAMES, check_movable, paused, resumed, upcoming
 from llmtasks.checks import check_text, check_whole
 from llmtasks.dispatch import run_of, station
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
-from llmtasks.plan import Plan, rich
+from llmtasks.plan import rich
 from llmtasks.registry import task_registry
+from llmtasks.saving import SavedPlan
 from llmtasks.states import ScheduleState
 from llmtasks.store import cancelling, schedules
-from llmtasks.store.joining import joined
 from llmtasks.store.runs import Run
 from llmtasks.store.schedules import Schedule
 
@@ -27,68 +27,11 @@ Runs: TypeAlias = list[Run]
 Tasks: TypeAlias = "list[Task]"
 
 
-@dataclass(kw_only=True, eq=False)
-class Task(Plan):
+class Task(SavedPlan):
     """One stored schedule. Nothing is stored before ``save``; the state and the times are what the last call read.
 
     What talks to the database has two names: ``save`` is for code on an event loop, ``save_sync`` for the rest.
-
-    Attributes:
-        state: Active, paused, completed or cancelled; None before the first ``save``.
-        reason: Who paused it, why it completed, was cancelled, or was set aside by beat.
-        paused_at: Since when it is paused.
-        last_run_at: The latest instant that was dispatched.
-        fired: How many runs its instants got; ``max_runs`` limits it.
-        created_at: When it was saved first.
-        updated_at: When it was changed last.
     """
-
-    state: ScheduleState | None = field(default=None, init=False)
-    reason: str | None = field(default=None, init=False)
-    paused_at: datetime | None = field(default=None, init=False)
-    last_run_at: datetime | None = field(default=None, init=False)
-    fired: int = field(default=0, init=False)
-    created_at: datetime | None = field(default=None, init=False)
-    updated_at: datetime | None = field(default=None, init=False)
-
-    # -- storing
-
-    def save_sync(self, session: Any = None) -> Self:
-        """Store the Task, new or changed; it takes effect at once.
-
-        The next run moves only if the trigger or ``starts_at`` changed. A completed Task whose ``ends_at`` or
-        ``max_runs`` leaves it more runs now goes on.
-
-        Args:
-            session: A SQLAlchemy Session on llmtasks' database: the Task is stored by the session's own transaction.
-
-        Raises:
-            UnknownTaskFunctionError: No function is registered as ``func_name``.
-            InvalidParamsError: ``params`` do not fit its signature, or JSON cannot carry them.
-            InvalidTriggerError: There is no trigger or more than one, it is not readable, or it never fires.
-            InvalidOptionError: An option has a value that it cannot have.
-            ForbiddenTransitionError: The Task is cancelled, or code declares it and this would change what code says.
-            ConfigurationError: The session is on another database.
-        """
-        at = station()
-        now = at.database.now()
-        checked = self._checked(at, now)
-        if session is not None:
-            self._adopt(self._store(joined(at.database, session), checked, now))
-        else:
-            with at.database.transaction() as tx:
-                stored = self._store(tx, checked, now)
-            self._adopt(stored)
-        return self
-
-    async def save(self, session: Any = None) -> Self:
-        """As ``save_sync``, in a thread; ``session`` may be an AsyncSession."""
-        if session is None:
-            return await asyncio.to_thread(self.save_sync)
-        if hasattr(session, "run_sync"):
-            await session.run_sync(self.save_sync)
-            return self
-        return self.save_sync(session)
 
     # -- control
 
@@ -248,13 +191,6 @@ class Task(Plan):
 
     # -- inside
 
-    def _store(self, tx: Any, checked: Schedule, now: datetime) -> Schedule:
-        """Write the checked row, beside what the row that is there keeps."""
-        before = schedules.get(tx, checked.id, lock=True) if self.id else None
-        moved = self._asks_for_next_run
-        row = begun(checked, now) if before is None else saved_over(before, checked, moved=moved, now=now)
-        return schedules.put(tx, row, now)
-
     def _move(self, to: ScheduleState, verb: str, by: str | None = None) -> Self:
         at = station()
         now = at.database.now()
@@ -273,14 +209,6 @@ class Task(Plan):
         if found is None:
             raise TaskNotFoundError(f"no Task has the id {self.id!r} any more")
         return found
-
-    def _adopt(self, row: Schedule) -> None:
-        """Show what the row says."""
-        self.id, self.name, self.state, self.reason = row.id, row.name, row.state, row.reason
-        self.next_run_at, self.last_run_at, self.fired = row.next_run_at, row.last_run_at, row.fired
-        self.starts_at, self.ends_at, self.timezone = row.starts_at, row.ends_at, row.timezone
-        self.created_at, self.updated_at, self.paused_at = row.created_at, row.updated_at, row.paused_at
-        self._row = row
 
     @classmethod
     def _from(cls, row: Schedule) -> Task:

@@ -36,6 +36,7 @@ from kombu.utils.uuid import uuid
 
 from llmtasks.broker import scripts
 from llmtasks.broker.deliveries import Deliveries
+from llmtasks.broker.gathering import PublishBatch
 from llmtasks.errors import InvalidOptionError
 from llmtasks.redis_options import EXPLICIT, PRIORITY_STEPS, VISIBILITY
 
@@ -119,6 +120,10 @@ class Channel(_StockChannel):  # type: ignore[misc]  # Any as a base, see above
         return self._reused
 
     # Publishing
+
+    def create_publish_batch(self, max_size: int) -> PublishBatch:
+        """A batch that puts all messages of a queue by one command."""
+        return PublishBatch(self, max_size)
 
     def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
         """Put a message into its queue and wake a consumer; where and for how long is kombu's decision."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Final
 
-#: Puts a message into its queue and wakes one idle consumer. The wake key holds one member however many messages come;
-#: consumers look once in a while without it, so it may be lost, and it expires where nobody consumes.
-#: KEYS: queue with priority, wake key. ARGV: message.
+#: Puts messages into their queue, the first one first, and wakes one idle consumer. The wake key holds one member
+#: however many messages come; consumers look once in a while without it, so it may be lost, and it expires where nobody
+#: consumes.
+#: KEYS: queue with priority, wake key. ARGV: messages.
 PUT: Final = """
-redis.call('LPUSH', KEYS[1], ARGV[1])
+redis.call('LPUSH', KEYS[1], unpack(ARGV))
 redis.call('ZADD', KEYS[2], 0, 'wake')
 redis.call('PEXPIRE', KEYS[2], 10000)
 """

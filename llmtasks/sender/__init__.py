@@ -12,6 +12,7 @@ from llmtasks.sender.asking import (
     redis_server,
     stock_visibility,
 )
+from llmtasks.sender.batches import Batch, is_shared
 from llmtasks.sender.envelope import (
     DELIVER_HEADER,
     SENT_HEADER,
@@ -46,6 +47,7 @@ __all__ = [
     "DELIVER_HEADER",
     "HOPELESS",
     "SENT_HEADER",
+    "Batch",
     "RedisServer",
     "absolute",
     "answering",
@@ -63,6 +65,7 @@ __all__ = [
     "ignores_result",
     "is_handed",
     "is_rabbitmq_transport",
+    "is_shared",
     "loads",
     "lost_failure",
     "missing_socket_advice",

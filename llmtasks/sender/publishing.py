@@ -62,7 +62,7 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> dict[str, Except
                     error = _fault_of(app, mine, message, gone)
                     if error is not None:
                         unsendable[message.run_id] = error
-                mine.sent.send(producer)
+                mine.sent.send_gathered(producer)
     except gone as error:
         held.pop(app, None)
         with contextlib.suppress(Exception):  # what closing a broken connection raises differs among transports

@@ -22,8 +22,26 @@ class SentEvents(_EventDispatcher):  # type: ignore[misc]  # Any as a base, see 
     def _publish(self, event: Any, *_args: Any, **_options: Any) -> None:
         self._gathered.append(event)
 
-    def send(self, producer: Any) -> None:
+    def send_gathered(self, producer: Any) -> None:
         """Send what was gathered."""
         gathered, self._gathered = self._gathered, []
-        if gathered:
-            super()._publish(gathered, producer, "task.multi")
+        self._send(producer, gathered)
+
+    def send(self, producer: Any, told: list[dict[str, Any]]) -> None:
+        """Send that messages were sent, of which ``told`` has the fields."""
+        self._send(producer, [self._prepare_event("task-sent", fields) for fields in told])
+
+    def _send(self, producer: Any, events: list[Any]) -> None:
+        if not events:
+            return
+        exchange = self.exchange
+        producer.publish(
+            events if len(events) > 1 else events[0],
+            routing_key="task.multi" if len(events) > 1 else "task.sent",
+            exchange=exchange.name,
+            # kombu copies an entity each time to find out that it is declared (common.py:117).
+            declare=[] if hash(exchange) in producer.connection.declared_entities else [exchange],
+            serializer=self.serializer,
+            headers=self.headers,
+            delivery_mode=self.delivery_mode,
+        )

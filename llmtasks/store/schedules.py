@@ -242,11 +242,13 @@ def put(tx: Connection, schedule: Schedule, now: datetime) -> Schedule:
     return from_row(tx.execute(select(schedules).where(schedules.c.id == schedule.id)).one())
 
 
-def put_many(tx: Connection, new: list[Schedule], now: datetime) -> None:
-    """Insert many new schedules."""
-    if new:
-        tx.execute(insert(schedules), [_to_row(replace(item, created_at=now, updated_at=now)) for item in new])
+def put_many(tx: Connection, new: list[Schedule], now: datetime) -> list[Schedule]:
+    """Insert many new schedules; returns them with their times."""
+    stamped = [replace(item, created_at=now, updated_at=now) for item in new]
+    if stamped:
+        tx.execute(insert(schedules), [_to_row(item) for item in stamped])
         _tell_beats(tx)
+    return stamped
 
 
 def _tell_beats(tx: Connection) -> None:

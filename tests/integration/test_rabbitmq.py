@@ -116,6 +116,17 @@ def test_run_may_take_longer_than_the_broker_waits_for_it(
     assert worker.running
 
 
+def test_many_are_sent_one_by_one_and_a_refused_queue_is_told(unlike: str, tasks: Any, ledger: Ledger) -> None:
+    """RabbitMQ confirms each message of map_delay; its refusal is the error that one message would get."""
+    results = tasks["mark"].map_delay(["many 1", ("many 2",), {"name": "many 3"}])
+    assert [ledger.ends(result.id).state for result in results] == [RunState.SUCCEEDED] * 3
+
+    with pytest.raises(ConfigurationError, match=r"inequivalent arg 'x-max-priority' for queue 'unlike'.*task_queues"):
+        tasks["mark"].map_delay(["a", "b"], queue=unlike)
+    (sent,) = tasks["mark"].map_delay(["sent after a refusal of many"])
+    assert ledger.ends(sent.id).state is RunState.SUCCEEDED
+
+
 def test_length_of_a_queue_is_what_waits_in_it(project: Project, tasks: Any) -> None:
     """A queue that nobody declared has none, one with messages theirs."""
     assert sender.queue_length(project.app, "unheard of") == 0

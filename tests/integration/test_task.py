@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import time_machine
-from sqlalchemy import create_engine
+from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -659,6 +659,95 @@ def test_a_session_on_another_database_is_refused(project: Project, tmp_path: Pa
         engine.dispose()
 
     assert stored() == []
+
+
+# -- many at once
+
+
+def test_many_are_saved_in_one_transaction_of_few_statements(project: Project) -> None:
+    """300 new ones and a changed one: each is stored, and shows it, as ``save`` would have it."""
+    changed, statements = every(30, name="changed").save_sync(), list[str]()
+    changed.interval_minutes = 5
+    tasks = [
+        *(Task(func_name="anything", name=f"{n}", params={"n": n}, schedule="0 3 * * *") for n in range(150)),
+        changed,
+        *(every(60, name=f"every {number}", priority=2) for number in range(150)),
+    ]
+
+    def count(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", count)
+    try:
+        assert Task.save_many_sync(tasks) == tasks
+    finally:
+        event.remove(Engine, "before_cursor_execute", count)
+
+    assert len(statements) < 20
+    assert len({task.id for task in tasks}) == 301
+    for task in tasks:
+        assert task.state is ScheduleState.ACTIVE
+    found = {task.id: task for task in stored()}
+    for task in (tasks[0], changed, tasks[-1]):
+        for field in fields(task):
+            if field.name != "_row":
+                assert getattr(found[task.id], field.name) == getattr(task, field.name), field.name
+    assert len(found) == 301
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (Task(func_name="sync_emials", interval_minutes=1), UnknownTaskFunctionError, r"^tasks\[2\]: no task function"),
+        (every(params={"a": 1}), InvalidParamsError, r"^tasks\[2\]: params of 'sync_emails' do not fit"),
+        (every(priority=11), InvalidOptionError, r"^tasks\[2\]: priority=11"),
+        (Task(func_name="sync_emails", schedule="* * 31 2 *"), InvalidTriggerError, r"^tasks\[2\]: .*never fires"),
+    ],
+)
+def test_one_that_is_refused_is_named_and_none_is_saved(
+    bad: Task, error: type[LLMTasksError], message: str, on_sqlite: Project
+) -> None:
+    """The others stay as they were, on disk and in the hand."""
+    known = every(30, name="known").save_sync()
+    known.interval_minutes = 5
+    others = [every(name="new"), known]
+
+    with pytest.raises(error, match=message):
+        Task.save_many_sync([*others, bad])
+
+    assert [(task.name, task.interval_minutes) for task in stored()] == [("known", 30)]
+    assert (others[0].id, others[0].state) == (None, None)
+
+
+async def test_many_are_refused_by_what_is_stored_too(project: Project) -> None:
+    """A cancelled one among them is named; so is one that is there twice."""
+    gone, new = await (await every().save()).cancel(), every()
+
+    with pytest.raises(ForbiddenTransitionError, match=r"^tasks\[1\]: .* is cancelled for good"):
+        await Task.save_many([new, gone])
+    with pytest.raises(ConfigurationError, match=r"^tasks\[2\]: expected each Task once, and this is tasks\[0\] too"):
+        await Task.save_many([new, every(), new])
+    assert [task.id for task in stored()] == [gone.id]
+
+    saved = await Task.save_many(every(name=f"{number}") for number in range(3))
+    assert [task.name for task in saved] == ["0", "1", "2"]
+    assert await Task.save_many([]) == []
+
+
+@on("sqlite", "postgresql")  # PyMySQL is not async
+async def test_many_share_the_fate_of_the_callers_session(project: Project) -> None:
+    """Commit: all exist. Rollback: none does."""
+    engine = create_async_engine(project.database_url.replace("sqlite:", "sqlite+aiosqlite:"))
+    try:
+        async with AsyncSession(engine) as session, session.begin():
+            await Task.save_many([every(name="kept 1"), every(name="kept 2")], session)
+        async with AsyncSession(engine) as session:
+            await Task.save_many([every(name="dropped")], session=session)
+            await session.rollback()
+    finally:
+        await engine.dispose()
+
+    assert [task.name for task in await Task.list()] == ["kept 1", "kept 2"]
 
 
 # -- schedules that code declares

@@ -92,6 +92,7 @@ async def sent() -> None:
     assert_type(bare.delay("1"), "AsyncResult[int]")
     assert_type(await bare.adelay("1", pages=2), "AsyncResult[int]")
     assert_type(bare.map_delay(["1", "2"]), "Sequence[AsyncResult[int]]")
+    assert_type(bare.map_delay(["1", "2"], priority=1), "Sequence[AsyncResult[int]]")
     assert_type(bare.apply_async(("1",), countdown=5, priority=1), "AsyncResult[int]")
     assert_type(keywords.delay("1", pages=2), "AsyncResult[list[str]]")
     assert_type(configured.delay(1, y=2), "AsyncResult[float]")

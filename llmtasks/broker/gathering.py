@@ -1,0 +1,66 @@
+"""What a batch publishes to Redis: one command for all messages of a queue, where kombu sends one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from kombu.transport import redis as stock
+
+from llmtasks.broker import scripts
+
+#: Messages of one command at most: the server's Lua takes some thousand arguments.
+MOST: Final = 1_000
+#: Characters of one command, more or less: the server keeps a command whole before it begins with it.
+LONGEST: Final = 4_000_000
+
+# Its stub is older.
+_stock: Any = stock
+_StockBatch: Any = _stock.PublishBatch
+
+
+class PublishBatch(_StockBatch):  # type: ignore[misc]  # Any as a base, see above
+    """A batch of kombu's whose messages are gathered by queue and priority."""
+
+    def __init__(self, channel: Any, max_size: int) -> None:
+        super().__init__(channel, max_size)
+        self.pipeline: Any = _Gathering(self.pipeline)
+
+
+class _Gathering:
+    """A pipeline that gathers what ``scripts.PUT`` puts; all else it hands on."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._texts: dict[tuple[str, str], list[str]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def eval(self, _script: str, _keys: int, key: str, wake_key: str, text: str) -> None:
+        self._texts.setdefault((key, wake_key), []).append(text)
+
+    def execute(self) -> Any:
+        for (key, wake_key), texts in self._texts.items():
+            for piece in _pieces(texts):
+                self._pipeline.eval(scripts.PUT, 2, key, wake_key, *piece)
+        self._texts.clear()
+        return self._pipeline.execute()
+
+    def reset(self) -> None:
+        self._texts.clear()
+        self._pipeline.reset()
+
+
+def _pieces(texts: list[str]) -> Iterator[list[str]]:
+    """Texts in their order, cut where a command would become too long."""
+    piece: list[str] = []
+    length = 0
+    for text in texts:
+        if piece and (len(piece) >= MOST or length + len(text) > LONGEST):
+            yield piece
+            piece, length = [], 0
+        piece.append(text)
+        length += len(text)
+    if piece:
+        yield piece
