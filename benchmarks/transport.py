@@ -57,6 +57,10 @@ with Connection(url, transport_options=REDIS_OPTIONS[transport]) as connection:
         hub.call_later(0.001, lambda: None)  # not to sleep in the turn that sends the last acknowledgements
         hub.run_once()
         consumed, used = time.perf_counter() - began, time.process_time() - cpu
+    channel = connection.default_channel
+    with channel.conn_or_acquire() as client:
+        held = client.hlen(channel.unacked_key)
+    assert held == 0, f"{held} messages are not acknowledged"
 print(json.dumps({"published": published, "consumed": consumed, "cpu": used}))
 """
 TRANSPORTS = ("stock", "llmtasks")
@@ -74,16 +78,18 @@ def measure(options: argparse.Namespace) -> Report:
     count = options.messages or (500 if options.quick else 5_000)
     rounds = options.rounds or (1 if options.quick else 9)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in TRANSPORTS}
-    with tempfile.TemporaryDirectory(prefix="llmtasks-benchmark-") as folder:
-        with valkey(Path(folder) / "valkey", unix=True) as server:
-            for number in range(rounds):
-                for name in TRANSPORTS if number % 2 == 0 else reversed(TRANSPORTS):
-                    found[name].append(one_round(server, name, count, options.prefetch))
+    with (
+        tempfile.TemporaryDirectory(prefix="llmtasks-benchmark-") as folder,
+        valkey(Path(folder) / "valkey", unix=True) as server,
+    ):
+        for number in range(rounds):
+            for name in TRANSPORTS if number % 2 == 0 else reversed(TRANSPORTS):
+                found[name].append(one_round(server, name, count, options.prefetch))
     return Report(
         name="transport",
         about=(
-            f"A kombu consumer on its event loop that may hold {options.prefetch:,} messages, and a producer; Valkey on "
-            f"a unix socket: {rounds} alternating rounds of {count:,} messages, each in a fresh process. "
+            f"A kombu consumer on its event loop that may hold {options.prefetch:,} messages, and a producer; Valkey "
+            f"on a unix socket: {rounds} alternating rounds of {count:,} messages, each in a fresh process. "
             "A ratio is the median of the rounds' ratios."
         ),
         figures=figures_of(found),
