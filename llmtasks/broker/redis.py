@@ -11,6 +11,13 @@ What differs from ``kombu.transport.redis`` (5.7):
   the server's clock. These messages are under keys of their own, ``llmtasks.unacked`` and ``llmtasks.unacked_index``:
   a stock worker stamps once and may then hold a message for hours, which ours would take for lost. Each kind restores
   its own; ours also restore stock's after 12 hours, for there may be no stock worker any more.
+- On kombu's event loop a fetch brings as many messages as the prefetch has room for (`llmtasks.broker.fetching`), and
+  what is acknowledged in one turn of the loop goes in one command before the loop sleeps (`llmtasks.broker.turns`). A
+  worker that is killed in between leaves messages that it had done, and they are delivered again, as after a kill just
+  before. ``drain_events`` fetches and delivers one message, and there each is acknowledged at once.
+- Each delivery says how often its message was delivered: ``delivery_info["delivery_count"]``, 1 for the first. It
+  counts deliveries that were rejected back into the queue or whose holder died, not what a consumer gives back when it
+  ends.
 - The client is reused. A channel remembers its server's address when it is closed, so that what is acknowledged after
   a broken connection reaches it (stock ends the worker: redis.py:1959).
 
