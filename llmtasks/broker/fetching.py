@@ -120,7 +120,6 @@ class Fetching(_StockChannel):  # type: ignore[misc]  # Any as a base, see above
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        self.qos.send()  # first, or the server would count more than the prefetch as unacknowledged
         if self._idle:
             self._asked = 0
             command = ["BZPOPMIN", *map(self.wake_key, queues), timeout or self.brpop_timeout]
@@ -237,9 +236,10 @@ class Fetching(_StockChannel):  # type: ignore[misc]  # Any as a base, see above
 
     def close(self) -> None:
         """Give back what is held, and what an unanswered fetch brings; without the server it comes back by itself."""
-        if self._in_poll:
+        if self._in_poll and self._asked:
             with suppress(*self.connection_errors):
                 self.qos.give_back([bytes_to_str(tag) for tag in self._read_reply()[1::3]])
+        self._in_poll = None  # kombu would wait for a wake here
         super().close()
 
 

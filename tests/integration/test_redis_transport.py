@@ -16,6 +16,7 @@ import pytest
 import redis
 from kombu import Connection, Consumer, Exchange, Queue
 from kombu.asynchronous import Hub, set_event_loop
+from kombu.asynchronous.timer import Timer
 from kombu.transport import redis as stock
 
 from llmtasks.broker import upkeep
@@ -450,7 +451,7 @@ class Loop:
     """kombu's event loop, turned by the test, with a consumer of some queues on it."""
 
     def __init__(self, connection: Any, *queues: str, prefetch: int = 0, take: Callable[[Any], object] | None = None):
-        self.hub = Hub()
+        self.hub = Hub(Timer(max_interval=10.0))  # as in Celery's worker
         set_event_loop(self.hub)
         self.connection = connection
         self.got: list[Any] = []
@@ -642,8 +643,8 @@ def test_acknowledgements_are_sent_before_the_loop_sleeps(
 
 
 def sleep_long(loop: Loop) -> None:
-    """Take away what wakes the loop each second."""
-    loop.connection.transport.cycle._binding_expiry_tref.cancel()
+    """Take away the timers that wake the loop earlier."""
+    loop.hub.timer.clear()
     loop.hub.call_later(10, lambda: None)
 
 
