@@ -24,6 +24,7 @@ TINY = {
     "ledger": ["--runs", "10", "--rounds", "1"],
     "publish": ["--messages", "10", "--rounds", "1"],
     "scale": ["--schedules", "200", "--due", "5", "--seconds", "1"],
+    "transport": ["--messages", "50", "--rounds", "1"],
 }
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow]
@@ -48,7 +49,7 @@ def check(report: dict[str, object], name: str) -> None:
     assert all(item["name"] and isinstance(item["value"], int | float) for item in figures)
 
 
-@pytest.mark.parametrize("name", ["burst", "dev", "history", "imports", "publish"])
+@pytest.mark.parametrize("name", ["burst", "dev", "history", "imports", "publish", "transport"])
 def test_benchmark_reports_its_figures(name: str) -> None:
     """Each of these measures something and says it."""
     check(benchmark(name), name)

@@ -17,32 +17,74 @@ redis.call('ZADD', KEYS[2], 0, 'wake')
 redis.call('PEXPIRE', KEYS[2], 10000)
 """
 
-#: Moves the first messages from their queues to what is unacknowledged, one for each delivery tag, and wakes others for
-#: what is left. Beside the message it keeps where it came from: ``<length of the key>:<key><message>``.
-#: KEYS: deliveries, their index by time, n wake keys, then for each priority the n queues. ARGV: n, delivery tags.
+#: Moves the first messages from their queues to what is unacknowledged, and wakes others for what is left. Beside the
+#: message it keeps where it came from: ``<length of the key>:<key><message>``. Of the queues of one priority it takes
+#: all of the first one, then of the next; or in turns one message of each.
+#: KEYS: deliveries, their index by time, n wake keys, then for each priority the n queues. ARGV: n, how many messages,
+#: after how many bytes it takes no more, a part of the delivery tags that makes them unique, 1 for in turns.
+#: In the order of their tags, deliveries are in that in which they were taken: they are stamped many at an instant.
 #: Returns for each message: the key it came from, its delivery tag, itself.
 FETCH: Final = """
-local queues, taken, tag = tonumber(ARGV[1]), {}, 2
+local queues, most, bytes, in_turns = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[5] == '1'
 local time = redis.call('TIME')
 local now = string.format('%.6f', time[1] + time[2] / 1000000)
-for i = queues + 3, #KEYS do
-  local message = ARGV[tag] and redis.call('RPOP', KEYS[i])
-  while message do
-    redis.call('ZADD', KEYS[2], now, ARGV[tag])
-    redis.call('HSET', KEYS[1], ARGV[tag], #KEYS[i] .. ':' .. KEYS[i] .. message)
-    taken[#taken + 1] = KEYS[i]
-    taken[#taken + 1] = ARGV[tag]
-    taken[#taken + 1] = message
-    tag = tag + 1
-    message = ARGV[tag] and redis.call('RPOP', KEYS[i])
+local taken, stamps, kept, count = {}, {}, {}, 0
+local function take(key)
+  local message = count < most and bytes > 0 and redis.call('RPOP', key)
+  if not message then
+    return false
   end
-  if not ARGV[tag] and redis.call('EXISTS', KEYS[i]) == 1 then
-    local wake = KEYS[3 + (i - 3) % queues]
-    redis.call('ZADD', wake, 0, 'wake')
-    redis.call('PEXPIRE', wake, 10000)
+  count, bytes = count + 1, bytes - #message
+  local tag = string.format('%s.%s.%04d', now, ARGV[4], count)
+  taken[#taken + 1], taken[#taken + 2], taken[#taken + 3] = key, tag, message
+  stamps[#stamps + 1], stamps[#stamps + 2] = now, tag
+  kept[#kept + 1], kept[#kept + 2] = tag, #key .. ':' .. key .. message
+  return true
+end
+for first = queues + 3, #KEYS, queues do
+  repeat
+    local before = count
+    for i = first, first + queues - 1 do
+      while take(KEYS[i]) and not in_turns do end
+    end
+  until not in_turns or count == before
+end
+if count > 0 then
+  redis.call('ZADD', KEYS[2], unpack(stamps))
+  redis.call('HSET', KEYS[1], unpack(kept))
+end
+if count == most or bytes <= 0 then
+  for i = queues + 3, #KEYS do
+    if redis.call('EXISTS', KEYS[i]) == 1 then
+      local wake = KEYS[3 + (i - 3) % queues]
+      redis.call('ZADD', wake, 0, 'wake')
+      redis.call('PEXPIRE', wake, 10000)
+    end
   end
 end
 return taken
+"""
+
+#: Forgets deliveries.
+#: KEYS: deliveries, index. ARGV: delivery tags.
+SETTLE: Final = """
+redis.call('ZREM', KEYS[2], unpack(ARGV))
+redis.call('HDEL', KEYS[1], unpack(ARGV))
+"""
+
+#: Says that deliveries are held, and which of them still are: others were given to somebody else.
+#: KEYS: deliveries, index. ARGV: delivery tags.
+CLAIM: Final = """
+local time = redis.call('TIME')
+local now = string.format('%.6f', time[1] + time[2] / 1000000)
+local ours = {}
+for _, tag in ipairs(ARGV) do
+  if redis.call('HEXISTS', KEYS[1], tag) == 1 then
+    redis.call('ZADD', KEYS[2], now, tag)
+    ours[#ours + 1] = tag
+  end
+end
+return ours
 """
 
 #: Says that deliveries are held; those that were acknowledged or taken away stay so. Returns the server's time.
@@ -56,13 +98,13 @@ end
 return now
 """
 
-#: The deliveries that nobody stamped for ARGV[1] seconds, oldest first, at most ARGV[2]: tag, what is kept of it, ...
+#: The deliveries that nobody stamped for ARGV[1] seconds, youngest first, at most ARGV[2]: tag, what is kept of it, ...
 #: KEYS: deliveries, index.
 OVERDUE: Final = """
 local time = redis.call('TIME')
 local oldest = string.format('%.6f', time[1] + time[2] / 1000000 - ARGV[1])
 local found = {}
-for _, tag in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', oldest, 'LIMIT', 0, ARGV[2])) do
+for _, tag in ipairs(redis.call('ZREVRANGEBYSCORE', KEYS[2], oldest, '-inf', 'LIMIT', 0, ARGV[2])) do
   local kept = redis.call('HGET', KEYS[1], tag)
   if kept then
     found[#found + 1] = tag

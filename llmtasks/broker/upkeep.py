@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import redis
@@ -102,10 +103,13 @@ class Upkeep(threading.Thread):
         return now
 
     def _restore_overdue(self) -> None:
-        found = self._client.eval(scripts.OVERDUE, 2, *self._keys, self._age, SLICE)
-        restored = 0
-        # Each goes before those that are already there, hence the youngest first.
-        for tag, kept in reversed([*zip(found[::2], found[1::2], strict=True)]):
-            restored += self._deliveries.restore(self._client, tag.decode(), kept, age=self._age)
+        restored, began = 0, monotonic()
+        while monotonic() - began < TICK:  # the next stamps must not be late
+            found = self._client.eval(scripts.OVERDUE, 2, *self._keys, self._age, SLICE)
+            # Each goes before those that are already there, hence the youngest first.
+            each = [(tag.decode(), kept) for tag, kept in zip(found[::2], found[1::2], strict=True)]
+            restored += self._deliveries.restore(self._client, each, age=self._age, counts=True)
+            if len(found) < 2 * SLICE:
+                break
         if restored:
             logger.warning("%d messages that dead workers had fetched are back in their queues", restored)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import redis
+from kombu import Connection, Consumer, Queue
 
 from tests.children import ChildProcess
 from tests.ledger import Ledger, project_with, queue_length
@@ -41,6 +42,7 @@ CONSUMERS = """
 import os, random, signal, sys, time
 import llmtasks
 from kombu import Connection, Consumer, Queue
+from kombu.asynchronous import Hub, set_event_loop
 
 url, wanted, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 options = {"redis_transport": "llmtasks", "visibility_timeout": 1, "priority_steps": list(range(10))}
@@ -54,10 +56,13 @@ def consume():
         os.write(out, f"{body}\\n".encode())
         message.ack()
     with Connection(url, transport_options=options) as connection:
+        hub = set_event_loop(Hub())
+        if sys.argv[4] == "events":
+            connection.register_with_event_loop(hub)
         with Consumer(connection, [Queue("q")], callbacks=[take]) as consumer:
             consumer.qos(prefetch_count=5)
             while True:
-                connection.drain_events()
+                hub.run_once() if sys.argv[4] == "events" else connection.drain_events()
 
 open(path, "w").close()
 killed = 0
@@ -76,6 +81,27 @@ while len({*open(path)}) < wanted:
     time.sleep(0.1)
 print("all arrived", flush=True)
 time.sleep(60)
+"""
+#: Fetches 1,100 messages on kombu's event loop and stops in a callback, in the middle of what one fetch brought.
+HOARDER = """
+import sys, time
+import llmtasks
+from kombu import Connection, Consumer, Queue
+from kombu.asynchronous import Hub, set_event_loop
+
+def take(body, message):
+    if body == 1050:
+        time.sleep(1.5)
+        print("holds", body, flush=True)
+        time.sleep(60)
+
+with Connection(sys.argv[1], transport_options={"redis_transport": "llmtasks"}) as connection:
+    hub = set_event_loop(Hub())
+    connection.register_with_event_loop(hub)
+    with Consumer(connection, [Queue("q")], callbacks=[take]) as consumer:
+        consumer.qos(prefetch_count=1100)
+        while True:
+            hub.run_once()
 """
 Start = Callable[..., CeleryProcess]
 
@@ -135,18 +161,19 @@ def test_messages_that_a_killed_worker_had_not_started_run_elsewhere_within_15_s
         assert [ledger.notes_now(f"n{number}") for number in range(1, 6)] == [[str(other.pid)]] * 5
 
 
-def test_consumers_killed_while_they_fetch_lose_nothing(tmp_path: Path) -> None:
-    """Dozens of them, one after the other: every message arrives, and none stays behind."""
+@pytest.mark.parametrize("loop", ["events", "blocking"])
+def test_consumers_killed_while_they_fetch_lose_nothing(tmp_path: Path, loop: str) -> None:
+    """Dozens of them, one after the other, on each of kombu's loops: every message arrives, and none stays behind."""
     with valkey(tmp_path / "broker") as broker:
         fill(broker, 600)
         consumers = ChildProcess(
-            [sys.executable, "-c", CONSUMERS, broker.url, "600", str(tmp_path / "got")],
+            [sys.executable, "-c", CONSUMERS, broker.url, "600", str(tmp_path / "got"), loop],
             name="consumers",
             log=tmp_path / "consumers.log",
             cwd=REPOSITORY,
         )
         try:
-            consumers.wait_for_log("all arrived", 120)
+            consumers.wait_for_log("all arrived", 150)
             with redis.Redis(port=broker.port) as client:
                 wait_until(lambda: client.hlen("llmtasks.unacked") == 0, 20, "all is acknowledged")
                 assert client.llen("q") == 0
@@ -156,12 +183,106 @@ def test_consumers_killed_while_they_fetch_lose_nothing(tmp_path: Path) -> None:
         assert {int(number) for number in got} == set(range(600))
 
 
-def fill(broker: Valkey, count: int) -> None:
-    from kombu import Connection
+def connected(broker: Valkey) -> Any:
+    """A connection with our transport and its defaults."""
+    return Connection(broker.url, transport_options={"redis_transport": "llmtasks"})
 
+
+def fill(broker: Valkey, count: int) -> None:
     with Connection(broker.url) as connection, connection.Producer() as producer, producer.batch(max_size=500):
         for number in range(count):
             producer.publish(number, routing_key="q")
+
+
+@pytest.mark.slow
+def test_a_thousand_messages_that_a_killed_consumer_held_are_back_within_15_s(tmp_path: Path) -> None:
+    """With the defaults: those that it was given and those that came with them, all in their order, none twice."""
+    with valkey(tmp_path / "broker") as broker, redis.Redis(port=broker.port) as client:
+        fill(broker, 1400)
+        victim = ChildProcess(
+            [sys.executable, "-c", HOARDER, broker.url],
+            name="victim",
+            log=tmp_path / "victim.log",
+            cwd=REPOSITORY,
+        )
+        victim.wait_for_log("holds 1050")
+        held = int(client.hlen("llmtasks.unacked"))
+        assert held > 1051
+        with connected(broker) as connection:
+            connection.default_channel.qos.look_after()
+            victim.kill()
+            killed_at = time.monotonic()
+            wait_until(lambda: client.llen("q") == 1400, 60, "all is back")
+            assert time.monotonic() - killed_at <= BACK_WITHIN
+            assert client.hlen("llmtasks.unacked") == 0
+            got: list[Any] = []
+            with Consumer(connection, [Queue("q")], on_message=got.append):
+                while len(got) < 1400:
+                    connection.drain_events(timeout=20)
+            for message in got:
+                message.ack()
+        assert [message.decode() for message in got] == [*range(1400)]
+        assert [message.delivery_info["delivery_count"] for message in got] == [2] * held + [1] * (1400 - held)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_stopped_worker_has_acknowledged_what_it_did(project: Project, client: redis.Redis, pool: str) -> None:
+    """SIGTERM amid many quick tasks: each is done once, by it or by the next; nothing is left to be given out again."""
+    configure(project, f'worker_pool = "{pool}"')
+    ledger = Ledger(project)
+    names = [f"n{number}" for number in range(80)]
+    for name in names:
+        ledger.open_gate(name)
+    first = project.worker("--prefetch-multiplier=8", concurrency=2)
+    send(project, *names)
+    wait_until(lambda: ledger.notes_now("n20 done"), message="it is in the middle of it")
+    first.signal(signal.SIGTERM)
+    wait_until(lambda: not first.running, 60, "it ended")
+    assert client.hlen("llmtasks.unacked") == 0
+    project.worker(concurrency=2)
+
+    for name in names:
+        ledger.notes(f"{name} done", 1)
+    wait_until(lambda: client.hlen("llmtasks.unacked") == 0, message="all is acknowledged")
+    assert [len(ledger.notes_now(name)) for name in names] == [1] * 80
+
+
+def test_messages_with_an_eta_make_room_for_others_and_for_no_more(project: Project, client: redis.Redis) -> None:
+    """Each that waits in the worker raises the prefetch by one; the worker holds that many and one that runs."""
+    ledger = Ledger(project)
+    project.worker(concurrency=1)
+    send(project, *(f"later{number}" for number in range(30)), countdown=60)
+    wait_until(lambda: client.hlen("llmtasks.unacked") == 30, message="all wait in the worker")
+    send(project, "runs", "waits", "waits too")
+    ledger.notes("runs", 1)
+
+    holds_at_most(project, client, 31, 3)
+    assert queue_length(project.broker) == 2
+
+
+def test_worker_with_prefetch_disabled_takes_what_it_can_run(project: Project, client: redis.Redis) -> None:
+    """Celery's ``worker_disable_prefetch``: whatever the multiplier allows, no message waits in the worker."""
+    configure(project, "worker_disable_prefetch = True")
+    ledger = Ledger(project)
+    project.worker("--prefetch-multiplier=8", concurrency=2)
+    names = [f"n{number}" for number in range(8)]
+    send(project, *names)
+    ledger.notes("n1", 1)
+    wait_until(lambda: sum(len(ledger.notes_now(name)) for name in names) == 2, message="two run")
+
+    holds_at_most(project, client, 2, 3)
+    assert queue_length(project.broker) == 6
+    for name in names:
+        ledger.open_gate(name)
+    for name in names:
+        ledger.notes(f"{name} done", 1)
+
+
+def holds_at_most(project: Project, client: redis.Redis, count: int, seconds: float) -> None:
+    """Assert that for some time no more than ``count`` deliveries are held."""
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > until or client.hlen("llmtasks.unacked") > count, seconds + 30)
+    assert client.hlen("llmtasks.unacked") <= count
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])

@@ -5,7 +5,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,13 @@ from typing import Any
 import pytest
 import redis
 from kombu import Connection, Consumer, Exchange, Queue
+from kombu.asynchronous import Hub, set_event_loop
+from kombu.asynchronous.timer import Timer
 from kombu.transport import redis as stock
 
-from llmtasks.broker.redis import UNREADABLE, Channel
+from llmtasks.broker import upkeep
+from llmtasks.broker.fetching import BATCH, BATCH_BYTES, UNREADABLE
+from llmtasks.broker.redis import Channel
 from llmtasks.errors import InvalidOptionError
 from llmtasks.redis_options import REDIS_OPTIONS
 from tests.children import ChildProcess
@@ -436,6 +442,463 @@ def test_nothing_is_restored_until_owners_could_stamp_again(tmp_path: Path) -> N
             with pytest.raises(socket.timeout), Consumer(looking, [Queue("q")], callbacks=[]):
                 looking.drain_events(timeout=3)
             assert client.hkeys("llmtasks.unacked") == [held.delivery_tag.encode()]
+
+
+# On kombu's event loop, which fetches and acknowledges many messages at once.
+
+
+class Loop:
+    """kombu's event loop, turned by the test, with a consumer of some queues on it."""
+
+    def __init__(self, connection: Any, *queues: str, prefetch: int = 0, take: Callable[[Any], object] | None = None):
+        self.hub = Hub(Timer(max_interval=10.0))  # as in Celery's worker
+        set_event_loop(self.hub)
+        self.connection = connection
+        self.got: list[Any] = []
+        connection.register_with_event_loop(self.hub)
+        wanted = [Queue(name) for name in queues or ("q",)]
+        self.consumer = Consumer(connection, wanted, on_message=take or self.got.append)
+        self.consumer.qos(prefetch_count=prefetch)
+        self.consumer.consume()
+
+    def turn_until(self, condition: Callable[[], object], timeout: float = 20) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout} s; got {bodies(self.got)}"
+            self.hub.run_once()
+
+    def warm_up(self) -> None:
+        """Fetch and acknowledge until a fetch may bring as many messages as ever, and leave none behind."""
+        publish_batch(self.connection, *range(4 * BATCH), queue="q")
+        self.turn_until(lambda: len(self.got) == 4 * BATCH)
+        settle(self.got)
+        self.got.clear()
+        channel = self.connection.default_channel
+        self.turn_until(lambda: channel._idle and channel._in_poll)
+
+    def ask(self, client: redis.Redis, count: int) -> None:
+        """Have the next fetch answered, not read; it brings ``count`` messages."""
+        channel = self.connection.default_channel
+        before = client.hlen("llmtasks.unacked")
+        self.turn_until(lambda: not channel._in_poll)
+        self.connection.transport.cycle.on_poll_start()
+        wait_until(lambda: client.hlen("llmtasks.unacked") == before + count, message="the fetch was answered")
+
+
+@pytest.fixture
+def loop_on() -> Iterator[Callable[..., Loop]]:
+    """Makes an event loop, which ends with the test."""
+    loops: list[Loop] = []
+
+    def make(*args: Any, **kwargs: Any) -> Loop:
+        loops.append(Loop(*args, **kwargs))
+        return loops[-1]
+
+    yield make
+    for loop in loops:
+        loop.hub.close()
+
+
+@pytest.fixture
+def no_upkeep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread beside a consumer looks once and then for a minute not again: it makes nothing up."""
+    monkeypatch.setattr(upkeep, "TICK", 60.0)
+
+
+#: An option with `no_upkeep`.
+SLOW: dict[str, Any] = {"visibility_timeout": 600}
+
+
+def publish_batch(connection: Any, *bodies: object, queue: str = "q", priority: int = 0) -> None:
+    with connection.Producer() as producer, producer.batch(max_size=500):
+        for body in bodies:
+            producer.publish(body, routing_key=queue, priority=priority)
+
+
+def test_event_loop_fetches_many_and_never_holds_more_than_the_prefetch(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """Neither in the worker nor as the server counts it, while messages are acknowledged in lumps of any size."""
+    with connect(server) as connection:
+        publish_batch(connection, *range(1000))
+        waiting: list[Any] = []
+        most, turns = 0, 0
+
+        def take(message: Any) -> None:
+            nonlocal most
+            waiting.append(message)
+            most = max(most, len(waiting), client.hlen("llmtasks.unacked"))
+
+        loop = loop_on(connection, prefetch=70, take=take)
+        left = 1000
+        while left:
+            loop.turn_until(lambda full=min(70, left): len(waiting) == full)
+            for message in waiting[: 1 + turns * 7 % 70]:
+                message.ack()
+                waiting.pop(0)
+                left -= 1
+            turns += 1
+        loop.turn_until(lambda: client.hlen("llmtasks.unacked") == 0)
+
+    assert most == 70
+
+
+def test_number_of_commands_is_far_below_that_of_messages(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """Fetches and acknowledgements of 2,000 messages together need a twentieth of that."""
+    with connect(server) as connection:
+        publish_batch(connection, *range(2000))
+        left = 2000
+
+        def take(message: Any) -> None:
+            nonlocal left
+            left -= 1
+            message.ack()
+
+        client.config_resetstat()
+        loop_on(connection, prefetch=500, take=take).turn_until(lambda: left == 0)
+        scripts_run = client.info("commandstats")["cmdstat_eval"]["calls"]
+
+    assert scripts_run < 100
+
+
+def test_priorities_order_what_is_in_the_broker(server: Valkey, loop_on: Callable[..., Loop]) -> None:
+    """Across all queues, within one fetch and from one to the next; what came while the worker was full too."""
+    with connect(server) as connection:
+        for priority in (9, 5, 0):
+            for queue in ("first", "second"):
+                bodies_of = [f"{priority} {queue} {number:03}" for number in range(40)]
+                publish_batch(connection, *bodies_of, queue=queue, priority=priority)
+        loop = loop_on(connection, "first", "second", prefetch=60)
+        loop.turn_until(lambda: len(loop.got) == 60)
+        publish_batch(connection, "urgent", queue="second", priority=0)
+        publish_batch(connection, "later", queue="first", priority=1)
+        settle(loop.got)
+        loop.turn_until(lambda: len(loop.got) == 120)
+        settle(loop.got[60:])
+
+    sent = {p: [f"{p} {queue} {n:03}" for queue in ("first", "second") for n in range(40)] for p in (0, 5, 9)}
+    assert bodies(loop.got) == [*sent[0], "urgent", "later", *sent[5][:38]]
+
+
+def test_queues_of_one_priority_take_turns_where_they_are_to(server: Valkey, loop_on: Callable[..., Loop]) -> None:
+    """With ``round_robin``, kombu's own default, also within one fetch."""
+    with connect(server, queue_order_strategy="round_robin") as connection:
+        loop = loop_on(connection, "a", "b", "q")
+        loop.warm_up()
+        publish_batch(connection, *["a"] * 30, queue="a")
+        publish_batch(connection, *["b"] * 20, queue="b")
+        loop.turn_until(lambda: len(loop.got) == 50)
+        settle(loop.got)
+
+    assert sorted(bodies(loop.got)[:2]) == ["a", "b"]
+    assert bodies(loop.got)[:40] in (["a", "b"] * 20, ["b", "a"] * 20)
+
+
+def test_large_messages_come_in_smaller_lots(server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]) -> None:
+    """A fetch ends behind the message with which it reaches a megabyte, and nothing waits for a wake after that."""
+    with connect(server) as connection:
+        never_look(connection)
+        loop = loop_on(connection)
+        loop.warm_up()
+        publish_batch(connection, *["x" * (BATCH_BYTES // 2)] * 5)
+        loop.ask(client, 2)
+        loop.turn_until(lambda: len(loop.got) == 5)
+        settle(loop.got)
+
+
+@pytest.mark.usefixtures("no_upkeep")
+def test_acknowledgements_are_sent_before_the_loop_sleeps(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """Those of a timer, in a turn that fetches nothing and then sleeps for ten seconds."""
+    with connect(server, **SLOW) as connection:
+        never_look(connection)
+        publish(connection, "a", "b")
+        loop = loop_on(connection)
+        loop.turn_until(lambda: len(loop.got) == 2 and connection.default_channel._idle)
+        sleep_long(loop)
+
+        acked, sent = threading.Event(), threading.Event()
+
+        def acknowledge() -> None:
+            settle(loop.got)
+            acked.set()
+
+        def watch() -> None:
+            deadline = time.monotonic() + 20
+            if acked.wait(20):
+                deadline = time.monotonic() + 5
+            while time.monotonic() < deadline and not sent.wait(0.02):
+                if client.hlen("llmtasks.unacked") == 0:
+                    sent.set()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        loop.hub.call_later(0.3, acknowledge)
+        loop.turn_until(acked.is_set)  # to the end of the turn
+        watcher.join()
+        assert sent.is_set()
+
+
+def sleep_long(loop: Loop) -> None:
+    """Take away the timers that wake the loop earlier."""
+    loop.hub.timer.clear()
+    loop.hub.call_later(10, lambda: None)
+
+
+@pytest.mark.usefixtures("no_upkeep")
+def test_acknowledgements_of_other_threads_wake_the_loop(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """However long it would sleep; none gets lost between threads."""
+    with connect(server, **SLOW) as connection:
+        never_look(connection)
+        publish_batch(connection, *range(300))
+        loop = loop_on(connection)
+        loop.turn_until(lambda: len(loop.got) == 300 and connection.default_channel._idle)
+        sleep_long(loop)
+
+        with ThreadPoolExecutor(8) as threads:
+            began = time.monotonic()
+            threads.submit(time.sleep, 0.3).add_done_callback(
+                lambda _: [threads.submit(message.ack) for message in loop.got]
+            )
+            loop.turn_until(lambda: client.hlen("llmtasks.unacked") == 0)
+            assert time.monotonic() - began < 6
+
+
+@pytest.mark.usefixtures("no_upkeep")
+def test_acknowledgements_after_the_loop_ended_are_sent_at_once(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """What gathered is sent when the loop is closed, the rest one by one; what is closed with the channel goes too."""
+    with connect(server, **SLOW) as connection:
+        publish(connection, "a", "b", "c")
+        loop = loop_on(connection)
+        loop.turn_until(lambda: len(loop.got) == 3)
+        a, b, c = loop.got
+        a.ack()
+        assert client.hlen("llmtasks.unacked") == 3  # gathers
+        loop.hub.close()
+        assert client.hlen("llmtasks.unacked") == 2
+        b.ack()
+        assert client.hlen("llmtasks.unacked") == 1
+        c.ack()
+    with connect(server, **SLOW) as connection:
+        publish(connection, "d")
+        loop = loop_on(connection)
+        loop.turn_until(lambda: len(loop.got) == 1)
+        loop.got[0].ack()
+        assert client.hlen("llmtasks.unacked") == 1
+    assert client.hlen("llmtasks.unacked") == client.llen("q") == 0
+
+
+@pytest.mark.parametrize("how", ["killed", "cut"])
+def test_gathered_acknowledgements_outlive_their_connection(
+    tmp_path: Path, loop_on: Callable[..., Loop], how: str
+) -> None:
+    """They are sent when the server is back, though the channel was closed meanwhile; no message comes again."""
+    options: dict[str, Any] = {"visibility_timeout": 2}
+    with valkey(tmp_path / "own", unix=True) as own, connect(own, **options) as connection:
+        publish_batch(connection, *range(50))
+        loop = loop_on(connection)
+        loop.turn_until(lambda: len(loop.got) == 50)
+        client = redis.Redis(unix_socket_path=own.socket)
+        if how == "killed":
+            own.kill()
+        settle(loop.got[:49])
+        if how == "killed":
+            with pytest.raises(connection.connection_errors):
+                loop.turn_until(lambda: False)
+            connection.default_channel.qos.keep({loop.got[49].delivery_tag})  # as a worker that still runs it
+            connection.default_channel.qos.restore_at_shutdown = False
+            connection.close()
+            own.start()
+            loop.got[49].ack()
+        else:
+            client.client_kill_filter(_type="normal", skipme=True)
+            loop.got[49].ack()
+            with suppress(*connection.connection_errors):
+                loop.hub.run_once()
+        wait_until(lambda: client.hlen("llmtasks.unacked") == 0, 20, "all is acknowledged")
+        assert client.llen("q") == 0
+        client.close()
+
+
+@pytest.mark.parametrize("end", ["cancel", "raise", "close"])
+def test_rest_of_a_batch_goes_back_when_nobody_wants_it(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop], end: str
+) -> None:
+    """In its order: a callback cancelled the consumer, raised an error, or closed the channel."""
+    with connect(server) as connection:
+        got: list[int] = []
+
+        def take(message: Any) -> None:
+            got.append(message.decode())
+            message.ack()
+            if got[-1] == 10:
+                if end == "cancel":
+                    loop.consumer.cancel()
+                elif end == "close":
+                    connection.default_channel.close()
+                else:
+                    raise LookupError("refused")
+
+        loop = loop_on(connection, take=take)
+        publish_batch(connection, *range(100))
+        if end == "raise":
+            with pytest.raises(LookupError):
+                loop.turn_until(lambda: False)
+        else:
+            loop.turn_until(lambda: got[-1:] == [10])
+        assert got == [*range(11)]
+        assert client.llen("q") == 89
+    assert client.hlen("llmtasks.unacked") == 0
+    with connect(server) as connection:
+        rest = receive(connection, 89)
+        settle(rest)
+    assert bodies(rest) == [*range(11, 100)]
+    assert {message.delivery_info["delivery_count"] for message in rest} == {1}
+
+
+def test_fetch_under_way_brings_no_more_than_a_lowered_prefetch(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """What is too much goes back to the front, in order."""
+    with connect(server) as connection:
+        loop = loop_on(connection, prefetch=500)
+        loop.warm_up()
+        publish_batch(connection, *range(20))
+        loop.ask(client, 20)
+        loop.consumer.qos(prefetch_count=3)
+        loop.turn_until(lambda: loop.got)
+        assert (len(loop.got), client.llen("q"), client.hlen("llmtasks.unacked")) == (3, 17, 3)
+        for number in range(20):
+            loop.turn_until(lambda number=number: len(loop.got) > number)
+            loop.got[number].ack()
+
+    assert bodies(loop.got) == [*range(20)]
+
+
+def test_messages_of_a_fetch_that_was_read_too_late_are_not_delivered_twice(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """Others took some of them meanwhile: whoever sleeps before it reads gets only the rest."""
+    with connect(server, visibility_timeout=2) as connection, connect(server) as other:
+        loop = loop_on(connection)
+        loop.warm_up()
+        publish_batch(connection, *range(10))
+        loop.ask(client, 10)
+        tags = sorted(client.hkeys("llmtasks.unacked"))
+        for tag in tags[:4]:  # as whoever finds them without a stamp
+            other.default_channel.qos.restore_by_tag(tag.decode())
+        taken = receive(other, 4)
+        until = time.monotonic() + 1.1
+        wait_until(lambda: time.monotonic() > until)
+
+        loop.turn_until(lambda: len(loop.got) == 6)
+        assert sorted(bodies(taken) + bodies(loop.got)) == [*range(10)]
+        settle(taken)
+        settle(loop.got)
+        assert client.llen("q") == 0
+
+
+def test_what_is_fetched_is_stamped_before_it_is_delivered(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """A callback may take longer than the visibility: those behind it are still its worker's."""
+    with connect(server, visibility_timeout=1) as connection, connect(server, visibility_timeout=1) as other:
+        other.default_channel.qos.look_after()
+        loop = loop_on(connection)
+        loop.warm_up()
+        publish_batch(connection, *range(10))
+        loop.ask(client, 10)
+        until: list[float] = []
+
+        def dawdle(message: Any) -> None:
+            if not until:
+                until.append(time.monotonic() + 4)
+                wait_until(lambda: time.monotonic() > until[0] or client.hlen("llmtasks.unacked") < 10)
+            loop.got.append(message)
+
+        loop.consumer.on_message = dawdle
+        loop.turn_until(lambda: len(loop.got) == 10)
+        assert client.hlen("llmtasks.unacked") == 10
+        assert client.llen("q") == 0
+        settle(loop.got)
+
+
+def test_slow_callbacks_get_one_message_at_a_time(
+    server: Valkey, client: redis.Redis, loop_on: Callable[..., Loop]
+) -> None:
+    """As in the solo pool, where the callback runs the task: remote control has its turn between two of them."""
+    with connect(server) as connection:
+        publish_batch(connection, *range(8))
+        turns_of: list[int] = []
+        turn = 0
+
+        def take(message: Any) -> None:
+            time.sleep(0.05)
+            turns_of.append(turn)
+            message.ack()
+
+        loop = loop_on(connection, take=take)
+        while len(turns_of) < 8:
+            turn += 1
+            loop.hub.run_once()
+
+    assert len(set(turns_of)) == 8
+
+
+def test_blocking_loop_delivers_one_message_a_call_and_acknowledges_at_once(
+    server: Valkey, client: redis.Redis
+) -> None:
+    """As ``drain_events`` promises, with a prefetch and without; so two who share a queue share its messages."""
+    with connect(server) as one, connect(server) as two:
+        publish_batch(one, *range(6))
+        first, second = one.SimpleQueue("q"), two.SimpleQueue("q")
+        for prefetch in (0, 10):
+            for queue in (first, second):
+                queue.consumer.qos(prefetch_count=prefetch)
+        got = [queue.get(timeout=20) for queue in (first, second, first)]
+        assert bodies(got) == [0, 1, 2]
+        assert client.llen("q") == 3
+        for left, message in zip((2, 1, 0), got, strict=True):
+            message.ack()
+            assert client.hlen("llmtasks.unacked") == left
+        first.close()
+        second.close()
+
+
+def test_delivery_count(server: Valkey, client: redis.Redis, holder: ChildProcess) -> None:
+    """1 for the first delivery; one more after a holder's death or a return to the queue, none after an orderly end."""
+
+    def counts(messages: list[Any]) -> list[int]:
+        return [message.delivery_info["delivery_count"] for message in messages]
+
+    with connect(server, visibility_timeout=1) as connection:
+        publish(connection, "a", "b")
+        holder.wait_for_log("holds b")
+        holder.kill()
+        got = receive(connection, 2)
+        assert counts(got) == [2, 2]
+        got[0].requeue()
+        got[1].requeue()
+        got = receive(connection, 2)
+        assert counts(got) == [3, 3]
+    with connect(server) as connection:  # the one before gave them back
+        publish(connection, "c")
+        with connect(server, "stock") as old:
+            publish(old, "d")
+        got = receive(connection, 4)
+        assert counts(got) == [3, 3, 1, 1]
+        settle(got)
+        publish(connection, "e")
+        message = Queue("q")(connection.default_channel).get()
+        assert counts([message]) == [1]
+        message.ack()
 
 
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:{port}/2", "redis://:@localhost:{port}/2"])
