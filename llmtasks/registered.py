@@ -10,7 +10,9 @@ from llmtasks.store.runs import Run
 
 if TYPE_CHECKING:
     from celery.canvas import Signature
-    from celery.result import AsyncResult, EagerResult
+    from celery.result import EagerResult
+
+    from llmtasks.result import RunResult
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,15 +79,15 @@ class Sendable(Protocol[P, R_co]):
 
     name: str
 
-    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R_co]:
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> RunResult[R_co]:
         """Send a run to the broker."""
         ...
 
-    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R_co]:
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> RunResult[R_co]:
         """Send a run to the broker without blocking the event loop."""
         ...
 
-    def map_delay(self, items: Iterable[Any], **options: Any) -> Sequence[AsyncResult[R_co]]:
+    def map_delay(self, items: Iterable[Any], **options: Any) -> Sequence[RunResult[R_co]]:
         """Send one run for each item: a tuple of arguments, a dict of keyword arguments, or the only argument.
 
         ``options`` are those of ``apply_async``, for all runs alike.
@@ -94,7 +96,7 @@ class Sendable(Protocol[P, R_co]):
 
     def apply_async(
         self, args: Iterable[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> AsyncResult[R_co]:
+    ) -> RunResult[R_co]:
         """Send a run with Celery's options; ``priority`` is 1 (first) to 10."""
         ...
 

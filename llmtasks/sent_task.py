@@ -16,6 +16,7 @@ from llmtasks import accepting, aside, attempt, bridge, bulk, sender
 from llmtasks.checks import check_number, check_whole
 from llmtasks.errors import BrokerUnavailableError, InvalidOptionError, InvalidParamsError
 from llmtasks.options import DEFAULT_PRIORITY, TaskOptions
+from llmtasks.result import RunResult
 
 #: A delay longer than this is kept in the database; shorter ones wait in the worker as Celery has it.
 BROKER_DELAY: Final = 5.0
@@ -85,6 +86,10 @@ class SentTask(_Task):  # type: ignore[misc]  # Any as a base, see above
             if explained is error:
                 raise
             raise explained from (error.__cause__ if isinstance(error, RuntimeError) else error)
+
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> RunResult[Any]:  # noqa: N802 - Celery's name
+        """The handle of a run's result."""
+        return RunResult(task_id, **{"backend": self.backend, "task_name": self.name, "app": self.app, **kwargs})
 
     async def adelay(self, *args: Any, **kwargs: Any) -> Any:
         """``delay`` for code on an event loop: the broker is spoken to in a thread, which is none of asyncio's own."""

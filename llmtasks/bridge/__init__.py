@@ -18,7 +18,7 @@ from billiard.exceptions import TimeLimitExceeded
 
 from llmtasks.bridge.bodies import Body, NotYours, Stepper, TimeIsUp
 from llmtasks.bridge.gathering import Gathering, Wish
-from llmtasks.bridge.identity import identify, of_this_tracer
+from llmtasks.bridge.identity import identify, is_traced, of_this_tracer
 from llmtasks.bridge.loops import loops
 from llmtasks.bridge.tracers import Tracer, in_thread, tracer_here
 from llmtasks.options import HARD_LIMIT_MARGIN
@@ -32,6 +32,7 @@ __all__ = [
     "Wish",
     "call",
     "identify",
+    "in_coroutine",
     "in_thread",
     "loops",
     "name_of",
@@ -69,6 +70,11 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             )
         return value
     return wait(function(*args, **kwargs), body)
+
+
+def in_coroutine() -> bool:
+    """Whether this code is on the loop of a run's coroutine, of which it, or what called it, is a part."""
+    return asyncio._get_running_loop() is not None and is_traced() and tracer_here() is None
 
 
 def wait(coroutine: Coroutine[Any, Any, R], body: Body) -> R:

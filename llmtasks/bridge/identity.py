@@ -30,6 +30,11 @@ def ident() -> Any:
     return _tracer.get() or _get_ident()
 
 
+def is_traced() -> bool:
+    """Whether this code runs on behalf of a tracer's coroutine."""
+    return _tracer.get() is not None
+
+
 def of_this_tracer() -> contextvars.Context:
     """A copy of this context in which code counts as the present tracer's, whatever thread or task it runs in."""
     context = contextvars.copy_context()

@@ -91,7 +91,7 @@ class Batch:
         self._root_id = (request.root_id or request.id) if request else None
         self._parent_id = request.id if request else None
         self._reply_to = app.thread_oid
-        self._result, self._backend = app.AsyncResult, task.backend
+        self._result, self._backend = task.AsyncResult, task.backend
         # Redis' subscribes. That of another backend may have to come before the message: rpc's declares a queue.
         self._announces = not self._ignore_result and not _only_subscribes(app.backend)
         self._tells_sent = app.conf.task_send_sent_event

@@ -105,6 +105,26 @@ TASKS = """
                     break
 
 
+    @task_registry.register(name="waits", max_retries=0)
+    async def waits(how):
+        result = await add.adelay(1, 2)
+        if how == "get":
+            return result.get(timeout=10)
+        late = await passes.adelay("never opened")
+        try:
+            await late.aget(timeout=0.2)
+        except celery.exceptions.TimeoutError:
+            return [await result.aget(timeout=30), "late"]
+
+
+    @task_registry.register(name="waits_for_failure", max_retries=0)
+    async def waits_for_failure():
+        try:
+            await (await add.adelay(1, "x")).aget(timeout=30)
+        except TypeError as error:
+            return str(error)
+
+
     @task_registry.register(name="leaves", max_retries=0)
     async def leaves():
         raise SystemExit(3)
@@ -240,6 +260,15 @@ def test_exit_inside_a_coroutine_fails_the_run_alone(tasks: Any, ledger: Ledger)
     assert run.state is RunState.FAILED
     assert "SystemExit" in (run.error or "")
     assert tasks["add"].delay(1, 2).get(timeout=60) == 3
+
+
+@pytest.mark.usefixtures("worker")
+def test_coroutine_waits_for_a_result_without_stopping_the_loop(tasks: Any) -> None:
+    """`await result.aget()` gives the value, the run's error, or TimeoutError; `get` is refused and says so."""
+    assert tasks["waits"].delay("aget").get(timeout=60) == [3, "late"]
+    assert "unsupported operand" in tasks["waits_for_failure"].delay().get(timeout=60)
+    with pytest.raises(RuntimeError, match=r"await result\.aget"):
+        tasks["waits"].delay("get").get(timeout=60)
 
 
 def test_warm_shutdown_waits_for_what_runs(project: Project, tasks: Any, ledger: Ledger) -> None:

@@ -15,7 +15,7 @@ from llmtasks import Run, Task, retry_with_backoff, task_registry
 from llmtasks.states import RunState
 
 if TYPE_CHECKING:
-    from celery.result import AsyncResult  # noqa: F401  # in quotes below: at run time it has no parameter
+    from llmtasks.result import RunResult  # noqa: F401  # in quotes below
 
 
 # -- every spelling of the decorator keeps the function's signature
@@ -89,16 +89,16 @@ async def callbacks() -> None: ...
 
 
 async def sent() -> None:
-    assert_type(bare.delay("1"), "AsyncResult[int]")
-    assert_type(await bare.adelay("1", pages=2), "AsyncResult[int]")
-    assert_type(bare.map_delay(["1", "2"]), "Sequence[AsyncResult[int]]")
-    assert_type(bare.map_delay(["1", "2"], priority=1), "Sequence[AsyncResult[int]]")
-    assert_type(bare.apply_async(("1",), countdown=5, priority=1), "AsyncResult[int]")
-    assert_type(keywords.delay("1", pages=2), "AsyncResult[list[str]]")
-    assert_type(configured.delay(1, y=2), "AsyncResult[float]")
-    assert_type(bound.delay("1"), "AsyncResult[bytes]")
-    assert_type(bound_sync.delay(), "AsyncResult[None]")
-    assert_type(unique.delay("1", language="en"), "AsyncResult[int]")
+    assert_type(bare.delay("1"), "RunResult[int]")
+    assert_type(await bare.adelay("1", pages=2), "RunResult[int]")
+    assert_type(bare.map_delay(["1", "2"]), "Sequence[RunResult[int]]")
+    assert_type(bare.map_delay(["1", "2"], priority=1), "Sequence[RunResult[int]]")
+    assert_type(bare.apply_async(("1",), countdown=5, priority=1), "RunResult[int]")
+    assert_type(keywords.delay("1", pages=2), "RunResult[list[str]]")
+    assert_type(configured.delay(1, y=2), "RunResult[float]")
+    assert_type(bound.delay("1"), "RunResult[bytes]")
+    assert_type(bound_sync.delay(), "RunResult[None]")
+    assert_type(unique.delay("1", language="en"), "RunResult[int]")
     assert_type(bare.name, str)
     (bare.s("1") | keywords.si("1")).apply_async()
 
@@ -193,6 +193,6 @@ async def wrapped() -> None:
     assert_type(await with_retry(1), str)
     assert_type(with_retry_sync(1), str)
     assert_type(await tracked(1), str)
-    assert_type(stacked.delay(1), "AsyncResult[str]")
+    assert_type(stacked.delay(1), "RunResult[str]")
     await with_retry("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     stacked.delay("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
