@@ -65,6 +65,8 @@ class ScheduleBeat(Scheduler):
         self._stamped_at = self._swept_at = -REMOVED_EVERY
         #: Until then what is due gathers: not even a change wakes beat, its own ones look like those of others.
         self._rest_until = 0.0
+        #: When something is due, as far as the last tick knew.
+        self._expected: datetime | None = None
         self._started_at: datetime | None = None
         self._process: psutil.Process | None = None
         super().__init__(*args, **kwargs)
@@ -143,7 +145,9 @@ class ScheduleBeat(Scheduler):
             self._begin(at)
         self._stamp(at)
         began = time.monotonic()
-        claimed = tick.claim_due(at)
+        claimed = tick.claim_due(at, self._expected)
+        # What another beat has locked is asked for again without opening a transaction.
+        self._expected = claimed.following if claimed.count else None
         if claimed.messages:
             publish(at, claimed.messages)
         if claimed.cancelled:  # workers would learn of it from the database, later

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Table
+from sqlalchemy import ARRAY, Table, any_, bindparam
 
 if TYPE_CHECKING:
-    from sqlalchemy import Insert, Select
+    from sqlalchemy import Column, ColumnElement, Insert, Select
 
 #: How SQLAlchemy calls MariaDB; a session of the application's may call it by either name.
 MARIADB: Final = frozenset({"mysql", "mariadb"})
@@ -69,6 +69,16 @@ def by_index(query: Select[Any], table: Table, index: str) -> Select[Any]:
     for name in MARIADB:
         query = query.with_hint(table, f"FORCE INDEX ({index})", name)
     return query
+
+
+def among(column: Column[Any], name: str, dialect: str) -> ColumnElement[bool]:
+    """Whether a column is one of the values that are bound to ``name`` as a list.
+
+    PostgreSQL takes the list as one value: the text is the same however many there are, so it plans it once.
+    """
+    if dialect == "postgresql":
+        return column == any_(bindparam(name, type_=ARRAY(column.type)))
+    return column.in_(bindparam(name, expanding=True))
 
 
 class PerDialect:

@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 
 def test_naive_instants_are_refused(database: Database) -> None:
     """A naive datetime is an error before it reaches the database."""
-    with database.transaction() as tx, pytest.raises(exc.StatementError, match="naive datetime"):
+    with database.transaction() as tx, pytest.raises(ValueError, match="naive datetime"):
         runs.open_run(tx, new_run("a", scheduled_for=datetime(2026, 1, 1)), NOW)
 
 
