@@ -143,6 +143,14 @@ class ScheduleBeat(Scheduler):
     def _tick(self, at: Station) -> float:
         if self._keeper is None:
             self._begin(at)
+            keeper = self._keeper = Keeper(at)
+            try:
+                return self._fire(at)
+            finally:  # only now: its first round would take the time of the first messages
+                keeper.start()
+        return self._fire(at)
+
+    def _fire(self, at: Station) -> float:
         self._stamp(at)
         began = time.monotonic()
         claimed = tick.claim_due(at, self._expected)
@@ -171,8 +179,6 @@ class ScheduleBeat(Scheduler):
         self._stamp(at)
         sync.write(at, declared)
         logger.info("%d schedules are declared in code", len(declared))
-        self._keeper = Keeper(at)
-        self._keeper.start()
 
     def _stamp(self, at: Station) -> None:
         """Say that this beat lives and what it declares; now and then look for what no beat declares any more."""
