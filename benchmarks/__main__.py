@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import beat, burst, dev, faults, history, imports, ledger, publish, report, scale
+from benchmarks import beat, burst, dev, faults, grid, history, imports, kills, ledger, publish, report, scale
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (imports, publish, dev, ledger, history, beat, burst, faults, scale)
+    for module in (imports, publish, dev, ledger, history, beat, burst, grid, kills, faults, scale)
 }
 
 
