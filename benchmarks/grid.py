@@ -16,19 +16,22 @@ from benchmarks.schedulers.ours import Ours
 from benchmarks.schedulers.scheduler import Planned
 from llmtasks.store.rows import runs
 
-#: Between the start of beat and the first instant.
+#: Between the writing of the schedule and its first instant.
 LEAD = timedelta(seconds=4)
 #: Seconds after the last instant in which its message may come.
 SETTLE = 3.0
+#: Milliseconds by which the machine's other work may move the median lateness. A schedule that counts from its last run
+#: would drift by what each one takes, a thousand times as much in the end.
+DRIFT = 100
 
 
 def measure_one(kind: str, seconds: int) -> list[Figure]:
     """One database: every instant's run in the ledger, and its message in the broker."""
-    with Ours(kind, careful=False) as scheduler, Arrivals(scheduler.broker) as arrivals:
+    with Ours(kind, careful=True) as scheduler, Arrivals(scheduler.broker) as arrivals:
+        beat = scheduler.beat()
         # Not on a whole second: the grid is the schedule's own.
         first = datetime.now(UTC).replace(microsecond=123_457) + LEAD
         scheduler.plan([Planned(name="grid", every=EVERY, first=first)])
-        beat = scheduler.beat()
         wanted = [first + EVERY * at for at in range(seconds)]
         time.sleep((wanted[-1] - datetime.now(UTC)).total_seconds() + SETTLE)
         beat.terminate()
@@ -52,7 +55,7 @@ def measure_one(kind: str, seconds: int) -> list[Figure]:
     return [
         at_least(seconds, f"{kind}: instants with a run of their own", len(exact), "", beside),
         below(1, f"{kind}: runs beside the grid", len(strays), "", "to the microsecond"),
-        below(10, f"{kind}: drift", abs(drift), "ms", said),
+        below(DRIFT, f"{kind}: drift", abs(drift), "ms", said),
     ]
 
 
@@ -72,6 +75,10 @@ def measure(options: argparse.Namespace) -> Report:
         name="grid",
         about=f"One `celery beat`, one schedule of every second, {seconds} instants of it.",
         figures=figures,
+        notes=[
+            'With misfire="all": where the machine stalls for more than a second, an instant is late; by the default '
+            "the next one would stand for it."
+        ],
     )
 
 
