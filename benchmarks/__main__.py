@@ -5,11 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import beat, burst, dev, faults, history, imports, ledger, publish, report, scale, transport
+from benchmarks import (
+    beat,
+    burst,
+    dev,
+    faults,
+    grid,
+    history,
+    imports,
+    kills,
+    ledger,
+    publish,
+    report,
+    scale,
+    transport,
+)
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (imports, transport, publish, dev, ledger, history, beat, burst, faults, scale)
+    for module in (imports, transport, publish, dev, ledger, history, beat, burst, grid, kills, faults, scale)
 }
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -77,17 +78,8 @@ def run_of(
 ) -> NewRun:
     """The run that a schedule's instant (or somebody's hand, without one) opens."""
     options = schedule.options
-    timeout = options.get("timeout")
-    soft, hard = limits(timeout) if timeout is not None else (None, None)
-    envelope = sender.envelope_of_options(
-        {
-            "soft_time_limit": soft,
-            "time_limit": hard,
-            "expires": options.get("expires"),
-            **options.get("celery", {}),
-            "handed": schedule.handed,
-        }
-    )
+    own, timeout, expires = options.get("celery"), options.get("timeout"), options.get("expires")
+    envelope = _envelope(timeout, expires, schedule.handed, own) if own else _shared(timeout, expires, schedule.handed)
     if run_id is None:
         run_id = run_id_of(schedule.id, scheduled_for) if scheduled_for else str(uuid.uuid4())
     return NewRun(
@@ -109,6 +101,18 @@ def run_of(
         reason=reason,
         unique=unique,
     )
+
+
+def _envelope(timeout: float | None, expires: Any, handed: bool, own: Mapping[str, Any]) -> str:
+    soft, hard = limits(timeout) if timeout is not None else (None, None)
+    common = {"soft_time_limit": soft, "time_limit": hard, "expires": expires}
+    return sender.envelope_of_options({**common, **own, "handed": handed})
+
+
+@lru_cache(maxsize=256)
+def _shared(timeout: float | None, expires: Any, handed: bool) -> str:
+    """The envelope of schedules without Celery's own options: few differ."""
+    return _envelope(timeout, expires, handed, {})
 
 
 def dispatch(at: Station, new: NewRun, available_at: datetime | None = None) -> Run:

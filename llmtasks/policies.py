@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Final
 
 from llmtasks.checks import check_choice, check_number, check_whole, instant_of
@@ -60,15 +61,7 @@ class Policies:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Policies:
         """The policies that a schedule's options name."""
-        grace, window = options.get("misfire_grace"), options.get("misfire_window")
-        return cls(
-            overlap=Overlap(options.get("overlap") or Overlap.SKIP),
-            misfire=Misfire(options.get("misfire") or Misfire.ONCE),
-            grace=timedelta(seconds=DEFAULT_MISFIRE_GRACE if grace is None else grace),
-            window=None if window is None else timedelta(seconds=window),
-            max_runs=options.get("max_runs"),
-            jitter=timedelta(seconds=options.get("jitter_seconds") or 0),
-        )
+        return _policies(*[options.get(name) for name in POLICY_NAMES])
 
     def is_missed(self, instant: datetime, now: datetime) -> bool:
         """Whether an instant is too late to count as on time."""
@@ -78,6 +71,26 @@ class Policies:
         """The delay of a run: the same part of ``jitter`` wherever and however often it is computed."""
         # The first 32 bits of a run's id come from a hash of its schedule and instant (RFC 9562, version 5).
         return self.jitter * ((uuid.UUID(run_id).int >> 96) / 2**32)
+
+
+@lru_cache(maxsize=256)
+def _policies(
+    overlap: str | None,
+    misfire: str | None,
+    grace: float | None,
+    window: float | None,
+    max_runs: int | None,
+    jitter: float | None,
+) -> Policies:
+    """One for all schedules that say the same; the parameters are in the order of ``POLICY_NAMES``."""
+    return Policies(
+        overlap=Overlap(overlap or Overlap.SKIP),
+        misfire=Misfire(misfire or Misfire.ONCE),
+        grace=timedelta(seconds=DEFAULT_MISFIRE_GRACE if grace is None else grace),
+        window=None if window is None else timedelta(seconds=window),
+        max_runs=max_runs,
+        jitter=timedelta(seconds=jitter or 0),
+    )
 
 
 def may_wait(options: Mapping[str, Any]) -> bool:

@@ -63,6 +63,7 @@ _main_pid = os.getpid()
 
 
 @signals.beat_init.connect
+@signals.worker_init.connect  # before the asyncio pool starts its thread
 @signals.worker_ready.connect
 @signals.worker_process_init.connect
 def _begin(**_: object) -> None:

@@ -65,6 +65,8 @@ class ScheduleBeat(Scheduler):
         self._stamped_at = self._swept_at = -REMOVED_EVERY
         #: Until then what is due gathers: not even a change wakes beat, its own ones look like those of others.
         self._rest_until = 0.0
+        #: When something is due, as far as the last tick knew.
+        self._expected: datetime | None = None
         self._started_at: datetime | None = None
         self._process: psutil.Process | None = None
         super().__init__(*args, **kwargs)
@@ -141,9 +143,19 @@ class ScheduleBeat(Scheduler):
     def _tick(self, at: Station) -> float:
         if self._keeper is None:
             self._begin(at)
+            keeper = self._keeper = Keeper(at)
+            try:
+                return self._fire(at)
+            finally:  # only now: its first round would take the time of the first messages
+                keeper.start()
+        return self._fire(at)
+
+    def _fire(self, at: Station) -> float:
         self._stamp(at)
         began = time.monotonic()
-        claimed = tick.claim_due(at)
+        claimed = tick.claim_due(at, self._expected)
+        # What another beat has locked is asked for again without opening a transaction.
+        self._expected = claimed.following if claimed.count else None
         if claimed.messages:
             publish(at, claimed.messages)
         if claimed.cancelled:  # workers would learn of it from the database, later
@@ -167,8 +179,6 @@ class ScheduleBeat(Scheduler):
         self._stamp(at)
         sync.write(at, declared)
         logger.info("%d schedules are declared in code", len(declared))
-        self._keeper = Keeper(at)
-        self._keeper.start()
 
     def _stamp(self, at: Station) -> None:
         """Say that this beat lives and what it declares; now and then look for what no beat declares any more."""

@@ -16,7 +16,7 @@ from llmtasks.message import Message
 from llmtasks.policies import JITTERED, REACHED_END, Misfire, Policies, had_its_runs
 from llmtasks.registry import task_registry
 from llmtasks.states import RunState, ScheduleState
-from llmtasks.store import keys, outbox, overlaps, runs, schedules, uniqueness
+from llmtasks.store import keys, overlaps, runs, schedules, uniqueness
 from llmtasks.store.keys import Holder
 from llmtasks.store.overlaps import Unfinished
 from llmtasks.store.runs import NewRun
@@ -63,17 +63,23 @@ class Claimed:
         return math.inf if self.following is None else max(0.0, (self.following - now).total_seconds())
 
 
-def claim_due(at: Station, limit: int = BATCH) -> Claimed:
+def claim_due(at: Station, expected: datetime | None = None, limit: int = BATCH) -> Claimed:
     """Claim due schedules and record their runs.
+
+    Args:
+        at: Where.
+        expected: When something is due, as the last tick knew it: once that has come, nobody is asked before.
+        limit: Schedules that are claimed at most.
 
     Raises:
         DatabaseUnavailableError: Nothing was claimed.
     """
     now = at.database.now()
-    with at.database.reading() as connection:
-        following = schedules.next_due(connection, at.name)
-    if following is None or following > now:
-        return Claimed(count=0, messages=[], following=following)
+    if expected is None or expected > now:
+        with at.database.reading() as connection:
+            following = schedules.next_due(connection, at.name)
+        if following is None or following > now:
+            return Claimed(count=0, messages=[], following=following)
     with at.database.transaction() as tx:
         due = [_read(row) for row in schedules.due(tx, at.name, now, limit)]
         # Asked once these rows are locked: no other beat opens a run of theirs meanwhile.
@@ -86,16 +92,15 @@ def claim_due(at: Station, limit: int = BATCH) -> Claimed:
         replaced = {item.replaces: replaced_reason(item.new[0].id) for item in firings if item.replaces is not None}
         older = {run_id: why for run_id, why in replaced.items() if run_id not in opened}
         cancelled = overlaps.cancel_unfinished(tx, cancels, now, older)
-        runs.open_many(tx, new, now)
+        messages = runs.open_many(tx, new, now, now + timedelta(seconds=at.settings.outbox_patience))
         # Two schedules of one unique function may be due at once.
         cancelled += uniqueness.replace(tx, {run_id: replaced[run_id] for run_id in opened & replaced.keys()}, now)
         runs.record_skipped(tx, [item for firing in firings for item in firing.skipped], now)
         schedules.advance(tx, [firing.advance for firing in firings])
-        until = now + timedelta(seconds=at.settings.outbox_patience)
-        ready = [item.id for item in new if item.available_at is None or item.available_at <= now]
-        messages = outbox.take_these(tx, ready, until) if ready else []
         following = schedules.next_due(tx, at.name)
-    return Claimed(count=len(due), messages=messages, following=following, cancelled=cancelled)
+    gone = set(cancelled)
+    sendable = [item for item in messages if item.run_id not in gone]
+    return Claimed(count=len(due), messages=sendable, following=following, cancelled=cancelled)
 
 
 def _read(row: Any) -> Schedule | Firing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final
 
 from celery.app import task as celery_task
@@ -14,6 +16,8 @@ from llmtasks.sender.jsontext import dumps, loads
 DELIVER_HEADER: Final = "llm_deliver"
 #: When ``.delay()`` was called, seconds since 1970: the run's row is younger than the run.
 SENT_HEADER: Final = "llm_sent_at"
+#: Characters up to which envelopes are remembered: longer ones have links, and are one run's own.
+SHARED_LENGTH: Final = 1_000
 #: Of what ``Context.as_execution_options`` names, the ledger has these in columns of their own.
 _DROPPED_OPTIONS: Final = frozenset({"task_id", "retries", "headers"})
 #: Its stub is older than get_actual_ignore_result.
@@ -77,7 +81,18 @@ def ignores_result(task: Any, request: Any) -> bool | None:
 
 def is_handed(message: Message) -> bool:
     """Whether the message is for a plain Celery task of the app's own, of which the ledger hears no more."""
-    return bool(message.envelope and message.schedule_id and loads(message.envelope).get("handed"))
+    return bool(message.envelope and message.schedule_id and read(message.envelope).get("handed"))
+
+
+def read(envelope: str) -> Mapping[str, Any]:
+    """What an envelope says, to be looked at only: all runs of a schedule share one."""
+    return _read(envelope) if len(envelope) <= SHARED_LENGTH else loads(envelope)
+
+
+@lru_cache(maxsize=256)
+def _read(envelope: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = loads(envelope)
+    return found
 
 
 def absolute(when: Any) -> str | None:

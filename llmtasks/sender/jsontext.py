@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Final
 
 from kombu.exceptions import EncodeError
 from kombu.utils import json as kombu_json
 
 from llmtasks.errors import InvalidParamsError
+
+#: Kombu makes one of each anew for every text.
+_ENCODER: Final = kombu_json.JSONEncoder()
+_DECODER: Final = json.JSONDecoder(object_hook=kombu_json.object_hook)
 
 
 def dumps(value: Any, what: str) -> str:
@@ -17,7 +22,7 @@ def dumps(value: Any, what: str) -> str:
         InvalidParamsError: JSON cannot carry it; the error names the path to the value.
     """
     try:
-        return kombu_json.dumps(value)
+        return _ENCODER.encode(value)
     except (TypeError, ValueError, EncodeError, RecursionError) as error:
         path, culprit = _culprit(value, what)
         raise InvalidParamsError(
@@ -28,7 +33,7 @@ def dumps(value: Any, what: str) -> str:
 
 def loads(text: str) -> Any:
     """What ``dumps`` made a text of."""
-    return kombu_json.loads(text)
+    return _DECODER.decode(text)
 
 
 def _culprit(value: Any, path: str) -> tuple[str, Any]:
@@ -49,7 +54,7 @@ def _culprit(value: Any, path: str) -> tuple[str, Any]:
 
 def _fits(value: Any) -> bool:
     try:
-        kombu_json.dumps(value)
+        _ENCODER.encode(value)
     except (TypeError, ValueError, EncodeError, RecursionError):
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -9,7 +10,7 @@ import celery
 from celery.canvas import signature
 
 from llmtasks.message import Message
-from llmtasks.sender.envelope import DELIVER_HEADER
+from llmtasks.sender.envelope import DELIVER_HEADER, read
 from llmtasks.sender.jsontext import loads
 from llmtasks.sender.priority import native_priority
 from llmtasks.sender.rabbitmq import publish_options
@@ -45,8 +46,8 @@ def send_one(app: celery.Celery, way: Way, message: Message) -> None:
         return
     if message.envelope is None:
         return  # nothing is left to send
-    envelope = loads(message.envelope)
-    options: dict[str, Any] = envelope.get("options", {})
+    envelope = read(message.envelope)
+    options: Mapping[str, Any] = envelope.get("options", {})
     task = app.tasks.get(message.func_name)
     stamped = options.get("stamped_headers") or ()
     # A first attempt may expire in the broker; what has begun, or has ended, may not.
@@ -130,7 +131,7 @@ def _heir(replacement: Any, run_id: str) -> Any:
 
 
 def _route(
-    app: celery.Celery, message: Message, envelope: dict[str, Any], task: Any, args: Any, kwargs: Any
+    app: celery.Celery, message: Message, envelope: Mapping[str, Any], task: Any, args: Any, kwargs: Any
 ) -> dict[str, Any]:
     """Where the message came from, else its queue, else where the app's routes send it."""
     exchange, routing_key = envelope.get("exchange"), envelope.get("routing_key")

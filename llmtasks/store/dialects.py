@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import ARRAY, ColumnElement, Table, bindparam, column, func
+from sqlalchemy import ARRAY, Column, ColumnElement, Table, any_, bindparam, column, func
 
 if TYPE_CHECKING:
     from sqlalchemy import Insert, Select
@@ -78,6 +78,16 @@ def by_index(query: Select[Any], table: Table, index: str) -> Select[Any]:
     for name in MARIADB:
         query = query.with_hint(table, f"FORCE INDEX ({index})", name)
     return query
+
+
+def among(column: Column[Any], name: str, dialect: str) -> ColumnElement[bool]:
+    """Whether a column is one of the values that are bound to ``name`` as a list.
+
+    PostgreSQL takes the list as one value: the text is the same however many there are, so it plans it once.
+    """
+    if dialect == "postgresql":
+        return column == any_(bindparam(name, type_=ARRAY(column.type)))
+    return column.in_(bindparam(name, expanding=True))
 
 
 class PerDialect:

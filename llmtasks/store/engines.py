@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +18,11 @@ logger = logging.getLogger(__name__)
 
 #: Seconds a SQLite writer waits for another one; 5 s, sqlite3's default, lost results under load.
 SQLITE_BUSY_TIMEOUT: Final = 30.0
+#: Milliseconds that one try to get SQLite's write lock takes, and after so many seconds, when it is no hurry any more.
+SHORT_WAIT: Final = 2
+LONG_WAIT: Final = 50
+LONG_WAITED: Final = 1.0
+_USUAL_WAIT: Final = f"PRAGMA busy_timeout={SQLITE_BUSY_TIMEOUT * 1000:.0f}"
 #: Seconds a connection attempt to a server may take.
 CONNECT_TIMEOUT: Final = 5
 #: The first MariaDB that passes over locked rows.
@@ -118,8 +125,32 @@ def use_wal(engine: Engine) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A deferred transaction that turns into a writer fails at once with "database is locked" instead of waiting.
     raw = connection.connection.dbapi_connection
     assert raw is not None
     # Past SQLAlchemy, which takes 15 us to execute it; _unavailable knows the driver's own error.
-    raw.cursor().execute("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
+    cursor: Any = raw.cursor()
+    if connection.get_execution_options().get("write"):
+        _begin_to_write(cursor)
+    else:
+        cursor.execute("BEGIN")
+
+
+def _begin_to_write(cursor: Any) -> None:
+    """Wait for the write lock, and look for it every millisecond or two.
+
+    A deferred transaction that turns into a writer would fail at once. SQLite's own wait sleeps longer each time, up to
+    100 ms: whoever waits beside somebody that writes often, such as a purge, misses every moment in between.
+    """
+    began = time.monotonic()
+    while True:
+        waited = time.monotonic() - began
+        cursor.execute(f"PRAGMA busy_timeout={SHORT_WAIT if waited < LONG_WAITED else LONG_WAIT}")
+        try:
+            cursor.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > SQLITE_BUSY_TIMEOUT:
+                raise
+        else:
+            return
+        finally:
+            cursor.execute(_USUAL_WAIT)

@@ -6,24 +6,16 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, bindparam, case, delete, literal, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, delete, exists, select, update
 
 from llmtasks.message import DELIVER, RUN, Message
 from llmtasks.states import RunState
-from llmtasks.store.columns import UtcDateTime
-from llmtasks.store.dialects import PerDialect, by_index, insert_if_new, insert_or_change
+from llmtasks.store.batches import insertion
+from llmtasks.store.dialects import PerDialect, among, by_index, insert_or_change
 from llmtasks.store.rows import outbox, runs, values_of
 
-
-def _put_new(dialect: str) -> Any:
-    new = select(runs.c.id, runs.c.app, literal(RUN), bindparam("now", type_=UtcDateTime())).where(
-        runs.c.id.in_(bindparam("ids", expanding=True)), runs.c.state == RunState.PENDING, runs.c.publications == 0
-    )
-    return insert_if_new(outbox, dialect).from_select(["run_id", "app", "kind", "available_at"], new)
-
-
-_PUT_NEW: Final = PerDialect(_put_new)
 _ROW: Final[dict[str, Any]] = {column.name: bindparam(column.name) for column in outbox.columns}
+_PUT_NEW: Final = insertion(outbox, list(_ROW))
 _PUT: Final = PerDialect(
     lambda dialect: insert_or_change(outbox, dialect, "run_id", ["kind", "available_at"]).values(_ROW)
 )
@@ -48,28 +40,35 @@ _THESE: Final = (
 _RESERVE: Final = (
     update(outbox).where(outbox.c.run_id.in_(bindparam("ids", expanding=True))).values(available_at=bindparam("until"))
 )
-_POSTPONE: Final = (
-    update(outbox)
-    .where(outbox.c.run_id == bindparam("of_run"), outbox.c.available_at == bindparam("put_at"))
-    .values(available_at=bindparam("until"))
+_UNOWED: Final = select(runs.c.id).where(
+    runs.c.id.in_(bindparam("ids", expanding=True)),
+    runs.c.state == RunState.PENDING,
+    runs.c.publications == 0,
+    ~exists().where(outbox.c.run_id == runs.c.id),
 )
 _REMOVE: Final = delete(outbox).where(outbox.c.run_id.in_(bindparam("ids", expanding=True)))
-_UNCHANGED: Final = (
-    select(outbox.c.run_id)
-    .where(outbox.c.run_id.in_(bindparam("ids", expanding=True)), outbox.c.available_at == bindparam("until"))
-    .with_for_update()
-)
+
+
+def _still_taken(dialect: str) -> ColumnElement[bool]:
+    return and_(among(outbox.c.run_id, "ids", dialect), outbox.c.available_at == bindparam("until"))
+
+
+_TAKE_OUT: Final = PerDialect(lambda dialect: delete(outbox).where(_still_taken(dialect)).returning(outbox.c.run_id))
+#: Together with ``_REMOVE`` the same where DELETE returns nothing, which is MySQL.
+_LOCK_TAKEN: Final = PerDialect(lambda dialect: select(outbox.c.run_id).where(_still_taken(dialect)).with_for_update())
 #: Everybody locks runs before their outbox rows, several of them by id: no two transactions wait for each other.
-_LOCK: Final = (
-    select(runs.c.id).where(runs.c.id.in_(bindparam("ids", expanding=True))).order_by(runs.c.id).with_for_update()
+_LOCK: Final = PerDialect(
+    lambda dialect: select(runs.c.id).where(among(runs.c.id, "ids", dialect)).order_by(runs.c.id).with_for_update()
 )
-_PUBLISHED: Final = (
-    update(runs)
-    .where(runs.c.id.in_(bindparam("ids", expanding=True)))
-    .values(
-        state=case((runs.c.state == RunState.PENDING, RunState.QUEUED.value), else_=runs.c.state),
-        published_at=bindparam("now"),
-        publications=runs.c.publications + 1,
+_PUBLISHED: Final = PerDialect(
+    lambda dialect: (
+        update(runs)
+        .where(among(runs.c.id, "ids", dialect))
+        .values(
+            state=case((runs.c.state == RunState.PENDING, RunState.QUEUED.value), else_=runs.c.state),
+            published_at=bindparam("now"),
+            publications=runs.c.publications + 1,
+        )
     )
 )
 _WAITING: Final = (
@@ -84,15 +83,15 @@ def put(tx: Connection, app: str, ids: Iterable[str], available_at: datetime, ki
         tx.execute(_PUT[tx.dialect.name], rows)
 
 
-def put_new(tx: Connection, ids: list[str], now: datetime) -> None:
-    """Owe the broker a message for each of these runs that is pending and was never published."""
-    tx.execute(_PUT_NEW[tx.dialect.name], {"ids": ids, "now": now})
+def put_new(tx: Connection, app: str, times: Mapping[str, datetime]) -> None:
+    """Owe the broker the messages of runs that this transaction opened, each at its own time."""
+    rows = [{"run_id": run_id, "app": app, "kind": RUN, "available_at": at} for run_id, at in times.items()]
+    _PUT_NEW.run(tx, rows)
 
 
-def postpone(tx: Connection, times: Mapping[str, datetime], put_at: datetime) -> None:
-    """Owe the broker these messages, which this transaction put there at ``put_at``, at their own times."""
-    if times:
-        tx.execute(_POSTPONE, [{"of_run": run_id, "until": at, "put_at": put_at} for run_id, at in times.items()])
+def unowed(tx: Connection, ids: list[str]) -> set[str]:
+    """Those of these runs that are pending, were never published, and for which no message is owed."""
+    return set(tx.execute(_UNOWED, {"ids": ids}).scalars())
 
 
 def is_due(tx: Connection, app: str, now: datetime) -> bool:
@@ -118,12 +117,12 @@ def take_these(tx: Connection, ids: list[str], until: datetime) -> list[Message]
 def published(tx: Connection, messages: list[Message], now: datetime) -> None:
     """The broker has these messages. One that was put into the outbox again since it was taken stays there."""
     if messages and tx.dialect.name != "sqlite":  # a SQLite transaction has the whole database
-        tx.execute(_LOCK, {"ids": [item.run_id for item in messages]}).all()
+        tx.execute(_LOCK[tx.dialect.name], {"ids": [item.run_id for item in messages]}).all()
     for until in {item.reserved_until for item in messages}:
         ids = [item.run_id for item in messages if item.reserved_until == until]
         sent = _take_out(tx, ids, until)
         if sent:
-            tx.execute(_PUBLISHED, {"ids": sent, "now": now})
+            tx.execute(_PUBLISHED[tx.dialect.name], {"ids": sent, "now": now})
 
 
 def put_pending(tx: Connection, run_id: str, now: datetime) -> None:
@@ -159,6 +158,9 @@ def remove(tx: Connection, ids: list[str]) -> None:
 
 def _take_out(tx: Connection, ids: list[str], until: datetime) -> list[str]:
     """Remove those of these messages that are still reserved until ``until``; returns their ids."""
-    unchanged = list(tx.execute(_UNCHANGED, {"ids": ids, "until": until}).scalars())
+    taken = {"ids": ids, "until": until}
+    if tx.dialect.delete_returning:
+        return list(tx.execute(_TAKE_OUT[tx.dialect.name], taken).scalars())
+    unchanged = list(tx.execute(_LOCK_TAKEN[tx.dialect.name], taken).scalars())
     remove(tx, unchanged)
     return unchanged

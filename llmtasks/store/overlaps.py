@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, or_, select
 
 from llmtasks.states import LIVE, RunState
 from llmtasks.store.cancelling import cancel_where
+from llmtasks.store.dialects import PerDialect, among
 from llmtasks.store.rows import runs, state_in
 
 
@@ -30,19 +31,25 @@ def _counted(schedule_ids: ColumnElement[bool]) -> ColumnElement[bool]:
     return and_(schedule_ids, ~runs.c.delivered, ~runs.c.backfilled, state_in(LIVE))
 
 
-_NUMBERED: Final = (
-    select(
-        runs.c.schedule_id,
-        runs.c.id,
-        runs.c.state,
-        runs.c.scheduled_for,
-        func.count().over(partition_by=runs.c.schedule_id).label("many"),
-        func.row_number().over(partition_by=runs.c.schedule_id, order_by=[runs.c.created_at, runs.c.id]).label("age"),
+def _oldest(dialect: str) -> Select[Any]:
+    of_schedule = func.count().over(partition_by=runs.c.schedule_id)
+    age = func.row_number().over(partition_by=runs.c.schedule_id, order_by=[runs.c.created_at, runs.c.id])
+    numbered = (
+        select(
+            runs.c.schedule_id,
+            runs.c.id,
+            runs.c.state,
+            runs.c.scheduled_for,
+            of_schedule.label("many"),
+            age.label("age"),
+        )
+        .where(_counted(among(runs.c.schedule_id, "ids", dialect)))
+        .subquery()
     )
-    .where(_counted(runs.c.schedule_id.in_(bindparam("ids", expanding=True))))
-    .subquery()
-)
-_OLDEST: Final = select(_NUMBERED).where(_NUMBERED.c.age == 1)
+    return select(numbered).where(numbered.c.age == 1)
+
+
+_OLDEST: Final = PerDialect(_oldest)
 
 
 def unfinished(tx: Connection, schedule_ids: Collection[str]) -> dict[str, Unfinished]:
@@ -53,7 +60,7 @@ def unfinished(tx: Connection, schedule_ids: Collection[str]) -> dict[str, Unfin
         row.schedule_id: Unfinished(
             count=row.many, run_id=row.id, state=RunState(row.state), scheduled_for=row.scheduled_for
         )
-        for row in tx.execute(_OLDEST, {"ids": list(schedule_ids)})
+        for row in tx.execute(_OLDEST[tx.dialect.name], {"ids": list(schedule_ids)})
     }
 
 

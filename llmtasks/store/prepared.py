@@ -73,6 +73,16 @@ class Prepared:
         rowcount: int = _run(tx, self._of(tx.dialect), values).rowcount
         return rowcount
 
+    def many(self, tx: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Run it once for each of some rows of values; returns how many rows it changed in all."""
+        compiled = self._of(tx.dialect)
+        bound: list[Any] = [compiled.bound(values) for values in rows]
+        if tx.dialect.name == "sqlite":
+            return int(tx.connection.cursor().executemany(compiled.sql, bound).rowcount)
+        if compiled.order is not None:
+            bound = [tuple(values) for values in bound]
+        return tx.exec_driver_sql(compiled.sql, bound).rowcount
+
     def _converts(self, dialect: Dialect, cursor: Any) -> list[Convert | None]:
         found = self._results.get(dialect.name)
         if found is None:

@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, and_, bindparam, select, update
 
+from llmtasks.message import RUN, Message
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
-from llmtasks.store.dialects import PerDialect, insert_if_new
+from llmtasks.store.batches import insertion
 from llmtasks.store.rows import runs, values_of
 from llmtasks.uniqueness import Unique
 
@@ -107,10 +108,8 @@ _OPENED: Final = (
     "ended_at",
 )  # fmt: skip
 
-
-_NEW: Final[dict[str, Any]] = {name: bindparam(name) for name in _OPENED}
 #: Leaves an existing row, by id or by instant, as it is.
-_INSERT: Final = PerDialect(lambda dialect: insert_if_new(runs, dialect).values(_NEW))
+_INSERT: Final = insertion(runs, _OPENED)
 
 
 def open_run(tx: Connection, new: NewRun, now: datetime, available_at: datetime | None = None) -> bool:
@@ -121,38 +120,45 @@ def open_run(tx: Connection, new: NewRun, now: datetime, available_at: datetime 
     Args:
         available_at: When its message may be sent; defaults to ``now``.
     """
-    opened = tx.execute(_INSERT[tx.dialect.name], _row(new, now, RunState.PENDING)).rowcount == 1
+    opened = _INSERT.run(tx, [_row(new, now, RunState.PENDING)]) == 1
     if opened:
         outbox.put(tx, new.app, [new.id], available_at or now)
     return opened
 
 
-def open_many(tx: Connection, new: Sequence[NewRun], now: datetime) -> None:
+def open_many(tx: Connection, new: Sequence[NewRun], now: datetime, until: datetime) -> list[Message]:
     """Record runs whose instants nobody else can claim in this transaction, and leave their messages in the outbox.
 
-    An instant that has its run already keeps it, and no second message is left.
+    An instant that has its run already keeps it, and no second message is left. All are runs of one app.
+
+    Returns:
+        The messages that may be sent now, in this order, reserved for the caller until ``until``.
     """
     if not new:
-        return
-    tx.execute(_INSERT[tx.dialect.name], [_row(item, now, RunState.PENDING) for item in new])
-    outbox.put_new(tx, [item.id for item in new], now)
-    outbox.postpone(tx, {item.id: item.available_at for item in new if item.available_at is not None}, now)
+        return []
+    app = new[0].app
+    opened = _INSERT.run(tx, [_row(item, now, RunState.PENDING) for item in new])
+    if opened != len(new):
+        unowed = outbox.unowed(tx, [item.id for item in new])
+        new = [item for item in new if item.id in unowed]
+    later = {item.id: item.available_at for item in new if item.available_at is not None and item.available_at > now}
+    outbox.put_new(tx, app, {item.id: later.get(item.id, until) for item in new})
+    return [_message(item, until) for item in new if item.id not in later]
 
 
 def record_ended(tx: Connection, new: NewRun, now: datetime, state: RunState) -> bool:
     """Record a run that ends as it begins (a skipped instant, an entry handed to Celery); say whether it is new."""
-    return tx.execute(_INSERT[tx.dialect.name], _row(new, now, state)).rowcount == 1
+    return _INSERT.run(tx, [_row(new, now, state)]) == 1
 
 
 def record_skipped(tx: Connection, new: Sequence[NewRun], now: datetime) -> None:
     """Record instants that a policy leaves out; one that has its run already keeps it."""
-    if new:
-        tx.execute(_INSERT[tx.dialect.name], [_row(item, now, RunState.SKIPPED) for item in new])
+    _INSERT.run(tx, [_row(item, now, RunState.SKIPPED) for item in new])
 
 
 def record_untold(tx: Connection, new: NewRun, now: datetime, state: RunState) -> None:
     """Record a run that ended before it began and whose end Celery is still to be told."""
-    tx.execute(_INSERT[tx.dialect.name], {**_row(new, now, state), "delivered": False})
+    _INSERT.run(tx, [{**_row(new, now, state), "delivered": False}])
 
 
 def adopt_message(tx: Connection, new: NewRun) -> None:
@@ -246,6 +252,25 @@ def _row(new: NewRun, now: datetime, state: RunState) -> dict[str, Any]:
         "delivered": ended and state is not RunState.CANCELLED,
         "ended_at": now if ended else None,
     }
+
+
+def _message(new: NewRun, until: datetime) -> Message:
+    """The message of a run that was just opened: what ``outbox.take_these`` would read."""
+    return Message(
+        run_id=new.id,
+        kind=RUN,
+        app=new.app,
+        func_name=new.func_name,
+        args=new.args,
+        kwargs=new.kwargs,
+        envelope=new.envelope,
+        queue=new.queue,
+        priority=new.priority,
+        attempts=0,
+        replacement=None,
+        schedule_id=new.schedule_id,
+        reserved_until=until,
+    )
 
 
 def _run(row: RowMapping) -> Run:

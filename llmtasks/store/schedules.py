@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, select, text, u
 
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
 from llmtasks.states import ScheduleState
+from llmtasks.store.batches import Batch
 from llmtasks.store.columns import UtcDateTime
 from llmtasks.store.dialects import by_index, insert_if_new
 from llmtasks.store.rows import schedules
@@ -134,16 +135,22 @@ _NEXT: Final = (
     .order_by(schedules.c.next_run_at)
     .limit(1)
 )
-_ADVANCE: Final = (
-    update(schedules)
-    .where(schedules.c.id == bindparam("schedule_id"))
-    .values(
-        next_run_at=bindparam("next_at"),
-        last_run_at=func.coalesce(bindparam("last_at", type_=UtcDateTime()), schedules.c.last_run_at),
-        state=bindparam("to"),
-        reason=bindparam("why"),
-        fired=schedules.c.fired + bindparam("fired_now"),
-    )
+_ADVANCE: Final = Batch(
+    lambda _: (
+        update(schedules)
+        .where(schedules.c.id == bindparam("id"))
+        .values(
+            next_run_at=bindparam("next_run_at"),
+            last_run_at=func.coalesce(bindparam("last_run_at", type_=UtcDateTime()), schedules.c.last_run_at),
+            state=bindparam("state"),
+            reason=bindparam("reason"),
+            fired=schedules.c.fired + bindparam("fired"),
+        )
+    ),
+    f"UPDATE {schedules.name} AS old SET next_run_at = new.next_run_at, "
+    "last_run_at = coalesce(new.last_run_at, old.last_run_at), state = new.state, reason = new.reason, "
+    "fired = old.fired + new.fired FROM {rows} AS new WHERE old.id = new.id",
+    schedules,
 )
 
 
@@ -177,9 +184,18 @@ class Advance:
 
 def advance(tx: Connection, moves: list[Advance]) -> None:
     """Move schedules on, in the transaction that locked them."""
-    names = Advance.__dataclass_fields__
-    if moves:
-        tx.execute(_ADVANCE, [{name: getattr(item, name) for name in names} for item in moves])
+    rows = [
+        {
+            "id": item.schedule_id,
+            "next_run_at": item.next_at,
+            "last_run_at": item.last_at,
+            "state": item.to,
+            "reason": item.why,
+            "fired": item.fired_now,
+        }
+        for item in moves
+    ]
+    _ADVANCE.run(tx, rows)
 
 
 def get(tx: Connection, schedule_id: str, *, lock: bool = False) -> Schedule | None:

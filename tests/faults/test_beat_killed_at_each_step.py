@@ -45,9 +45,9 @@ class Step:
 STEPS = {
     "due rows are about to be locked": Step("call", "llmtasks/store/schedules.py", "due"),
     "due rows are locked": Step("return", "llmtasks/store/schedules.py", "due"),
-    "runs are opened": Step("return", "llmtasks/store/runs.py", "open_many"),
+    "runs are opened": Step("call", "llmtasks/store/outbox.py", "put_new"),
+    "messages are owed and reserved": Step("return", "llmtasks/store/runs.py", "open_many"),
     "schedules are advanced": Step("return", "llmtasks/store/schedules.py", "advance"),
-    "messages are reserved": Step("return", "llmtasks/store/outbox.py", "take_these"),
     "all of it is committed": Step("return", "llmtasks/beat/tick.py", "claim_due"),
     "messages are about to be sent": Step("call", "llmtasks/sender/publishing.py", "publish"),
     "messages are sent": Step("return", "llmtasks/sender/publishing.py", "publish"),

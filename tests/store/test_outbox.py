@@ -171,18 +171,48 @@ def test_requeued_run_is_pending_and_reserved(database: Database) -> None:
     assert take(database, at=later(3)) == []
 
 
-def test_new_messages_are_put_for_pending_runs_only(database: Database) -> None:
-    """A run that was published before, or that has ended, gets no second message."""
-    opened(database, new_run("new"), new_run("sent"), new_run("over"))
+def test_unowed_runs_are_pending_and_have_no_message(database: Database) -> None:
+    """A run that was published before, that has ended, or whose message is there gets no second one."""
+    opened(database, new_run("new"), new_run("sent"), new_run("over"), new_run("owed"))
     publish(database, "sent")
     set_run(database, "over", state=RunState.CANCELLED)
     with database.transaction() as tx:
         outbox.remove(tx, ["new", "sent", "over"])
 
     with database.transaction() as tx:
-        outbox.put_new(tx, ["new", "sent", "over", "unknown"], NOW)
+        assert outbox.unowed(tx, ["new", "sent", "over", "owed", "unknown"]) == {"new"}
 
-    assert owed(database) == {"new": "run"}
+
+def test_new_messages_have_their_own_times(database: Database) -> None:
+    """One that is there already stays as it is."""
+    opened(database, new_run("a"), new_run("b"))
+    with database.transaction() as tx:
+        outbox.remove(tx, ["a"])
+
+    with database.transaction() as tx:
+        outbox.put_new(tx, APP, {"a": later(1), "b": later(1)})
+
+    assert [item.run_id for item in take(database)] == ["b"]
+    assert [item.run_id for item in take(database, at=later(1))] == ["a"]
+
+
+def test_publications_where_delete_returns_nothing(database: Database) -> None:
+    """On MySQL, which has no RETURNING, the rows are locked and read before they go."""
+    opened(database, new_run("a"), new_run("b"))
+    messages = take(database)
+    with database.transaction() as tx:
+        outbox.put(tx, APP, ["b"], later(1))
+
+    with database.transaction() as tx:
+        able, tx.dialect.delete_returning = tx.dialect.delete_returning, False
+        try:
+            outbox.published(tx, messages, later(2))
+        finally:
+            tx.dialect.delete_returning = able
+
+    assert able
+    assert owed(database) == {"b": "run"}
+    assert (state_of(database, "a"), state_of(database, "b")) == (RunState.QUEUED, RunState.PENDING)
 
 
 def test_two_relays_take_different_messages(database: Database) -> None:
@@ -209,7 +239,7 @@ def test_nothing_taken_and_nothing_published_is_nothing(database: Database) -> N
         assert outbox.take_due(tx, APP, NOW, later(3), 10) == []
         assert outbox.take_these(tx, [], later(3)) == []
         outbox.put(tx, APP, [], NOW)
-        outbox.put_new(tx, [], NOW)
+        outbox.put_new(tx, APP, {})
         outbox.published(tx, [], NOW)
         outbox.remove(tx, [])
     assert owed(database) == {}

@@ -70,7 +70,7 @@ def test_unfinished_runs_are_found_by_their_index(database: Database) -> None:
     analyze(database, "llmtasks_runs")
 
     with database.transaction() as tx:
-        asked = overlaps._OLDEST.params(ids=["one", "two"])
+        asked = overlaps._OLDEST[tx.dialect.name].params(ids=["one", "two"])
         statement = str(asked.compile(dialect=tx.dialect, compile_kwargs={"literal_binds": True}))
         plan = plan_of(tx, statement, None)
 
@@ -97,15 +97,17 @@ def test_unstarted_runs_are_cancelled_at_once_and_running_ones_asked(database: D
 
 
 def test_postponed_messages_keep_their_own_times(database: Database) -> None:
-    """Those that were put at that moment; nobody sends them before."""
+    """Nobody sends them before; what may be sent at once is the caller's for a while."""
     first, second = of("one", "a", available_at=later(20)), of("two", "b", available_at=later(40))
     with database.transaction() as tx:
-        runs.open_many(tx, [first, second, of("three", "c")], NOW)
+        messages = runs.open_many(tx, [first, second, of("three", "c")], NOW, later(3))
         # Tried once more by a tick whose first answer was lost.
-        runs.open_many(tx, [of("one", "a", available_at=later(30))], later(1))
+        again = runs.open_many(tx, [of("one", "a", available_at=later(30))], later(1), later(4))
 
+    assert ([item.run_id for item in messages], again) == (["c"], [])
     with database.transaction() as tx:
-        assert [item.run_id for item in outbox.take_due(tx, "shop", NOW, later(3), 10)] == ["c"]
+        assert outbox.take_due(tx, "shop", later(2.9), later(3), 10) == []
+        assert [item.run_id for item in outbox.take_due(tx, "shop", later(3), later(3), 10)] == ["c"]
         assert [item.run_id for item in outbox.take_due(tx, "shop", later(20), later(23), 10)] == ["c", "a"]
         assert "b" in [item.run_id for item in outbox.take_due(tx, "shop", later(40), later(43), 10)]
 

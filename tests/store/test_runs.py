@@ -1,5 +1,6 @@
 """The ledger: opening, reading, cancelling and purging runs."""
 
+import json
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -86,12 +87,34 @@ def test_many_runs_are_opened_in_one_go(database: Database) -> None:
             new_run(f"run{n}", schedule_id="sid", scheduled_for=later(60 * n), schedule_slots=n or None)
             for n in range(4)
         ]
-        runs.open_many(tx, new, later(1))
-        runs.open_many(tx, [], later(1))
+        messages = runs.open_many(tx, new, later(1), later(4))
+        assert runs.open_many(tx, [], later(1), later(4)) == []
 
+    assert [item.run_id for item in messages] == ["run1", "run2", "run3"]
     assert owed(database) == {"run1": "run", "run2": "run", "run3": "run"}
     assert get(database, "run0") is None
     assert (row_of(database, "run3").schedule_slots, row_of(database, "run3").created_at) == (3, later(1))
+    with database.transaction() as tx:
+        assert outbox.take_due(tx, APP, later(3.9), later(4), 10) == []
+        assert runs.open_many(tx, new, later(2), later(5)) == []
+
+
+def test_messages_of_opened_runs_are_those_in_the_outbox(database: Database) -> None:
+    """They are made of what was written, not read back: nothing in them differs from what a relay would read."""
+    text = 'quotes " and \\ and é and \U0001f600, and what a driver may take for its own: %s %(x)s :x ?'
+    full = new_run(
+        "full", schedule_id="sid", scheduled_for=NOW, args=json.dumps([text]), queue="mail", priority=2, name=text,
+        envelope='{"handed": false}', schedule_slots=2, max_retries=7, stands_for=3, backfilled=True, reason=text,
+    )  # fmt: skip
+    with database.transaction() as tx:
+        messages = runs.open_many(tx, [full, new_run("bare")], NOW, later(3))
+
+    with database.transaction() as tx:
+        assert outbox.take_these(tx, ["full", "bare"], later(3)) == messages
+    row = row_of(database, "full")
+    for column in ("args", "name", "schedule_slots", "max_retries", "stands_for", "backfilled", "reason"):
+        assert getattr(row, column) == getattr(full, column)
+    assert (row.scheduled_for, row.created_at, row.ended_at, row.delivered) == (NOW, NOW, None, False)
 
 
 def test_skipped_instant_leaves_its_trace(database: Database) -> None:
@@ -321,7 +344,7 @@ def test_more_runs_than_a_statement_has_parameters_are_cancelled(tmp_path: Path)
     """A schedule whose runs piled up is cancelled with all of them."""
     database = Database(f"sqlite:///{tmp_path / 'x.db'}")
     with database.transaction() as tx:
-        runs.open_many(tx, [new_run(f"run{n}", schedule_id="sid") for n in range(33_000)], NOW)
+        runs.open_many(tx, [new_run(f"run{n}", schedule_id="sid") for n in range(33_000)], NOW, later(3))
         assert len(cancelling.cancel_of_schedule(tx, "sid", later(1), "its Task was cancelled")) == 33_000
 
     assert owed(database) == {}

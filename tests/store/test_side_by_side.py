@@ -28,7 +28,7 @@ def tick(database: Database, limit: int, meanwhile: Callable[[], None] = lambda:
     with database.transaction() as tx:
         due = [schedules.from_row(row) for row in schedules.due(tx, APP, MUCH_LATER, limit)]
         new = [new_run(schedule_id=item.id, scheduled_for=item.next_run_at) for item in due]
-        runs.open_many(tx, new, NOW)
+        runs.open_many(tx, new, NOW, later(3))
         moved = [
             Advance(
                 schedule_id=item.id, next_at=item.next_run_at + timedelta(seconds=1), last_at=item.next_run_at,
@@ -38,7 +38,6 @@ def tick(database: Database, limit: int, meanwhile: Callable[[], None] = lambda:
             if item.next_run_at
         ]  # fmt: skip
         schedules.advance(tx, moved)
-        outbox.take_these(tx, [item.id for item in new], later(3))
         meanwhile()
     return len(due)
 
