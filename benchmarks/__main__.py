@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import beat, burst, dev, faults, history, imports, ledger, publish, report, scale
+from benchmarks import beat, burst, dev, faults, history, imports, ledger, publish, report, scale, workers
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (imports, publish, dev, ledger, history, beat, burst, faults, scale)
+    for module in (imports, publish, dev, ledger, history, beat, burst, faults, scale, workers)
 }
 
 
