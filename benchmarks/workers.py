@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from benchmarks.peers import PeerUnavailableError
 from benchmarks.report import Benchmark, Figure, Report, at_least, percentile, run
 from benchmarks.systems import CELERY, OURS, PEERS, SYSTEMS
 from benchmarks.systems.system import Place, Servers, System
+from tests import children
 from tests.children import ChildProcess
 from tests.servers import ServerUnavailable, postgresql, valkey
 from tests.waiting import wait_until
@@ -44,7 +47,8 @@ NOTES = (
     "stored. CPU: of the worker with its processes over that time. Below 100 % of a core it waited for the server, or "
     "for others on the machine; then the CPU of a task says more than the rate.",
     "kill: the worker with its processes is killed (SIGKILL) when the tasks have started, another is started at once, "
-    "nobody sends anything. All at their defaults, side by side, each with its own server, on all cores. Lost is what "
+    "nobody sends anything. Killed one after the other, then waited for side by side, each with its own server and all "
+    "at their defaults. Lost is what "
     "has not ended after the time given: arq comes back to it after 310 s, taskiq after 600 s and then new messages, "
     "Celery to what had not started after an hour.",
     "latency: from before the call that sends to the start of the function, one at a time, each with an idle worker.",
@@ -76,6 +80,8 @@ class Stand:
     place: Place
     options: argparse.Namespace
     marked: Marked
+    #: Whoever has it may use the processor; for those that are measured side by side.
+    turn: threading.Lock
 
     def wait(self, met: Callable[[], bool], seconds: float, what: str, *, look: float = 0.02) -> None:
         """Return when what the tasks noted is enough."""
@@ -131,14 +137,17 @@ def two(stand: Stand) -> Cell:
 
 def kill(stand: Stand) -> Cell:
     number = stand.options.killed
-    running = min(number, stand.system.slots)
-    worker = stand.system.worker()
-    stand.system.publish("preload", "sleep", number, KILLED_SLEEP)
-    stand.wait(lambda: len(stand.marked.starts) >= running, TIMEOUT, f"{running} tasks to start")
-    worker.kill()
-    killed = time.time_ns()
-    worker.start()
-    words = f"under {running}" if running < stand.options.killed else ""
+    slots = min(number, stand.system.slots)
+    with stand.turn:
+        worker = stand.system.worker()
+        stand.system.publish("preload", "sleep", number, KILLED_SLEEP)
+        stand.wait(lambda: len(stand.marked.starts) >= slots, TIMEOUT, f"{slots} tasks to start", look=0.005)
+        worker.kill()
+        killed = time.time_ns()
+        worker.start()
+    stand.marked.look()
+    under = len(stand.marked.starts) - sum(at < killed for at in stand.marked.ends.values())
+    words = f"under {under}" if under < number else ""
     try:
         stand.wait(lambda: len(stand.marked.ends) == number, stand.options.patience, "all to end", look=0.1)
     except AssertionError:
@@ -300,12 +309,13 @@ class Bench:
         self._folder = folder
         self._options = options
         self._numbers = count(1)
+        self._turn = threading.Lock()
 
     def cells(self, work: Work) -> dict[str, Cell]:
         """What the work measures with each system: one after the other, or all side by side with a server each."""
         names: list[str] = self._options.systems
         if work.together:
-            with ThreadPoolExecutor(self._options.at_once) as threads:
+            with ThreadPoolExecutor(len(names)) as threads:
                 return dict(zip(names, threads.map(lambda name: self._alone(name, work), names), strict=True))
         found = {}
         with servers(self._new_folder(), names, cores()[:1]) as shared:
@@ -323,7 +333,9 @@ class Bench:
         try:
             with system.at(place):
                 self.server = self.server or f"Valkey {system.redis().info('server')['valkey_version']}"
-                stand = Stand(system=system, place=place, options=self._options, marked=Marked(place.marks))
+                stand = Stand(
+                    system=system, place=place, options=self._options, marked=Marked(place.marks), turn=self._turn
+                )
                 cell = work.measure(stand)
         except PeerUnavailableError as absent:
             cell = Cell(words=str(absent))
@@ -354,6 +366,22 @@ def texts(work: Work, cell: Cell) -> list[str]:
         "not in that time" if value == float("inf") else f"{value:,.{digits}f} {unit}".strip()
         for value, (_, unit, digits) in zip(cell.values, work.columns, strict=True)
     ]
+
+
+@contextmanager
+def orderly() -> Iterator[None]:
+    """Leave nothing behind when this process is asked to end: the children of a worker outlive it otherwise."""
+
+    def end(*_: object) -> None:
+        for child in children.STARTED:
+            child.close()
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say(text: str) -> None:
@@ -451,7 +479,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--running", type=int, help="running tasks of memory (1,000)")
     parser.add_argument("--killed", type=int, help="tasks of kill (200)")
     parser.add_argument("--patience", type=float, help="seconds until what a killed worker ran is lost (120)")
-    parser.add_argument("--at-once", type=int, default=6, help="systems side by side in kill (6)")
 
 
 SIZES = {"noops": 10_000, "sleeps": 5_000, "paced": 300, "messages": 5_000, "running": 1_000, "killed": 200}
@@ -470,7 +497,7 @@ def measure(options: argparse.Namespace) -> Report:
         setattr(options, name, getattr(options, name) or size)
     options.patience = options.patience or (2.0 if options.quick else 120.0)
     cells: dict[str, dict[str, Cell]] = {}
-    with tempfile.TemporaryDirectory(prefix="llmtasks-benchmark-", ignore_cleanup_errors=True) as folder:
+    with orderly(), tempfile.TemporaryDirectory(prefix="llmtasks-benchmark-", ignore_cleanup_errors=True) as folder:
         bench = Bench(Path(folder), options)
         for name in options.works:
             cells[name] = bench.cells(WORKS[name])

@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import peers, workers
@@ -15,6 +18,8 @@ from benchmarks.marked import Marked
 from benchmarks.report import run
 from benchmarks.stage import cpu_seconds_of
 from benchmarks.systems import marks
+from tests.children import lives
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[1]
 #: Options that make one small.
@@ -136,6 +141,30 @@ def test_tasks_that_ended_twice_are_counted(tmp_path: Path) -> None:
 
     assert (marked.twice, marked.warm, marked.starts, marked.ends) == (1, 1, {1: 10, 2: 11}, {1: 30})
     assert marked.seconds == 20 / 1e9
+
+
+def test_workers_that_is_asked_to_end_leaves_no_child_of_a_worker_behind(tmp_path: Path) -> None:
+    """SIGTERM ends what a worker started too, which does not die with the benchmark by itself."""
+    code = """
+        import os, signal, sys, time
+        from pathlib import Path
+        from benchmarks.workers import orderly
+        from tests.children import ChildProcess
+
+        worker = "import subprocess as s; child = s.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+        log = Path(sys.argv[1])
+        with orderly():
+            ChildProcess([sys.executable, "-c", worker], name="worker", log=log, cwd=log.parent).wait_for_log("\\n")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        """
+    log = tmp_path / "worker.log"
+
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), log], cwd=REPOSITORY, timeout=60)
+
+    assert done.returncode == 128 + signal.SIGTERM
+    child = int(log.read_text())
+    wait_until(lambda: not psutil.pid_exists(child) or not lives(psutil.Process(child)), 10, "the child to end")
 
 
 def test_every_benchmark_is_tried() -> None:
