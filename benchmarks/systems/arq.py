@@ -17,6 +17,7 @@ class Arq(System):
     """
 
     environment = "arq"
+    looks = 0.5
     APP = """
 import asyncio
 import json

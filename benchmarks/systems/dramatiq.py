@@ -62,6 +62,8 @@ class Dramatiq(System):
     """
 
     environment = "dramatiq"
+    # Longer and longer while there is nothing; it may be more than this.
+    looks = 0.5
 
     def __init__(self, *, results: bool) -> None:
         self.results = results

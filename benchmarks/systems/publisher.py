@@ -49,7 +49,7 @@ async def bulk(app: Any, name: str, rows: list[tuple[Any, ...]]) -> None:
 
 async def paced(app: Any, name: str, rows: list[tuple[Any, ...]]) -> None:
     """Send one, wait until it ended, pause, and so on: each finds an idle worker."""
-    marks = os.environ["MARKS"]
+    marks, pause = os.environ["MARKS"], float(os.environ["PAUSE"])
     over = time.monotonic() + PACED_SECONDS
     before = os.stat(marks).st_size  # noqa: PTH116
     for at, row in enumerate(rows, 1):
@@ -63,7 +63,7 @@ async def paced(app: Any, name: str, rows: list[tuple[Any, ...]]) -> None:
         if time.monotonic() > over:
             return
         # Of random length, so that it keeps step with no timer of a worker.
-        time.sleep(random.uniform(0.01, 0.03))  # noqa: ASYNC251
+        time.sleep(random.uniform(0.01, pause))  # noqa: ASYNC251
 
 
 async def main(way: str, name: str, count: int, *arguments: float) -> None:

@@ -69,6 +69,8 @@ class System(ABC):
     #: Whether a result is stored for each task.
     results: bool = True
     slots: int = ASYNC_SLOTS
+    #: Seconds in which it looks for work at least once when it has none; 0.03 where it is told of work.
+    looks: float = 0.03
     #: What is to be said beside its numbers.
     words: str = ""
 
@@ -125,6 +127,7 @@ class System(ABC):
             "MARKS": str(self.place.marks),
             "REDIS_PORT": str(self.place.servers.valkey.port),
             "SLOTS": str(self.slots),
+            "PAUSE": str(self.looks),
         }
 
     def worker(self, cores: Sequence[int] | None = None) -> ChildProcess:
