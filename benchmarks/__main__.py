@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from benchmarks import (
     beat,
@@ -19,11 +18,12 @@ from benchmarks import (
     report,
     scale,
     transport,
+    workers,
 )
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (imports, transport, publish, dev, ledger, history, beat, burst, grid, kills, faults, scale)
+    for module in (imports, transport, publish, dev, ledger, history, beat, burst, grid, kills, faults, scale, workers)
 }
 
 
@@ -33,18 +33,13 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="+", choices=["all", *BENCHMARKS], metavar="name", help=", ".join(["all", *BENCHMARKS])
     )
-    parser.add_argument("--save", type=Path, metavar="FILE", help="also write the tables there")
     report.add_common_options(parser)
     options = parser.parse_args()
     reports = []
     for name in BENCHMARKS if "all" in options.names else options.names:
         flags = ["--quick"] if options.quick else []
         reports.append(report.taken(BENCHMARKS[name], report.parser_of(BENCHMARKS[name]).parse_args(flags)))
-    report.show(reports, as_json=options.json)
-    if options.save is not None:
-        names = " ".join(options.names)
-        command = f"python -m benchmarks {names}{' --quick' if options.quick else ''}"
-        options.save.write_text(f"# Results\n\nCommand: `{command}`. {report.text_of(reports)}", "utf-8")
+    report.show(reports, options, f"benchmarks {' '.join([*options.names, *(['--quick'] if options.quick else [])])}")
 
 
 if __name__ == "__main__":

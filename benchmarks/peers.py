@@ -1,4 +1,4 @@
-"""``python -m benchmarks.peers``: the environments of other schedulers, each with its own pinned packages."""
+"""``python -m benchmarks.peers``: the environments of other systems, each with its own pinned packages."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ PEERS: dict[str, tuple[str, ...]] = {
         *_CELERY, "sqlalchemy-celery-beat==0.9.1", "SQLAlchemy==2.1.9", "psycopg[binary]==3.3.9",
     ),
     "celery-redbeat": (*_CELERY, "celery-redbeat==2.4.2"),
+    "celery-gevent": (*_CELERY, "gevent==26.9.0", "hiredis==3.5.0"),
+    "taskiq": ("taskiq==0.13.0", "taskiq-redis==1.2.4", "redis==8.1.0", "hiredis==3.5.0", "uvloop==0.23.0"),
+    "arq": ("arq==0.28.0", "redis==5.3.1", "hiredis==3.5.0"),
+    # saq imports typing_extensions, which it does not name.
+    "saq": ("saq[hiredis,redis]==0.26.4", "redis==7.4.1", "hiredis==3.5.0", "typing_extensions==4.16.0"),
+    "streaq": ("streaq==7.2.0", "coredis==6.9.0"),
+    "dramatiq": ("dramatiq[redis]==2.2.1", "redis==8.1.0", "hiredis==3.5.0"),
+    "huey": ("huey==3.5.4", "redis==8.1.0", "hiredis==3.5.0"),
+    "procrastinate": ("procrastinate==3.10.0", "psycopg[binary,pool]==3.3.9", "psycopg-pool==3.3.3"),
 }  # fmt: skip
 INSTALL_TIMEOUT = 300
 #: What this process found or made, and what it could not: a second try would take as long to fail.

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -56,6 +57,8 @@ class Report:
     figures: list[Figure]
     #: What is compared with each other: a row of titles, then rows of text.
     table: list[list[str]] = field(default_factory=list)
+    #: Further tables by their titles.
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
     #: Anything that explains the figures, one line each.
     notes: list[str] = field(default_factory=list)
 
@@ -83,12 +86,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """What every command takes."""
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, the figures say little")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
 
 
 def run(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
     """Measure and print, as the command line says."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser_of(benchmark).parse_args(arguments)
-    show([taken(benchmark, options)], as_json=options.json)
+    # Where the tables went is no part of how they came about.
+    pairs = zip([None, *arguments], arguments, strict=False)
+    said = [part for before, part in pairs if "--markdown" not in (before, part) and part != "--json"]
+    show([taken(benchmark, options)], options, shlex.join([f"benchmarks.{benchmark.name}", *said]))
 
 
 def taken(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
@@ -103,9 +111,12 @@ def taken(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def show(reports: list[dict[str, Any]], *, as_json: bool) -> None:
-    """Print reports."""
-    if as_json:
+def show(reports: list[dict[str, Any]], options: argparse.Namespace, command: str) -> None:
+    """Print reports as the options say, and keep them where these name a file."""
+    if options.markdown is not None:
+        kept = f"# Results\n\nCommand: `python -m {command}`. {text_of(reports)}"
+        options.markdown.write_text(kept, "utf-8")
+    if options.json:
         print(json.dumps({"machine": machine(), "reports": reports}, indent=2))
     else:
         print(text_of(reports))
@@ -124,7 +135,13 @@ def text_of(reports: list[dict[str, Any]]) -> str:
             )
         load = f"load average {report['load_before']} before, {report['load_after']} after; {report['seconds']} s"
         notes = "".join(f"\n- {note}" for note in report["notes"])
-        tables = "\n\n".join(_table(each) for each in (report["table"], rows) if len(each) > 1)
+        tables = "\n\n".join(
+            [
+                *(_table(each) for each in [report["table"]] if len(each) > 1),
+                *(f"{title}\n\n{_table(each)}" for title, each in report["tables"].items()),
+                *(_table(each) for each in [rows] if len(each) > 1),
+            ]
+        )
         parts.append(
             f"## {report['name']}\n\n{report['about']} ({load}.)\n\n{tables}" + (f"\n{notes}" if notes else "")
         )
