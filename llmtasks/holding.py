@@ -17,16 +17,16 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from billiard import current_process
 
 from llmtasks.bridge import Body, NotYours, in_thread
-from llmtasks.dispatch import Station, relay, send
+from llmtasks.dispatch import Station, relay
 from llmtasks.errors import DatabaseUnavailableError, LLMTasksError, SchemaOutdatedError
 from llmtasks.states import RunState
-from llmtasks.store import ends, held, outbox, rescue
+from llmtasks.store import ends, held
 from llmtasks.store.claims import Claim
 from llmtasks.store.ends import End
 from llmtasks.store.held import Delivered
@@ -66,7 +66,12 @@ class Hold:
 
 def owner_of(pid: int | None = None) -> str:
     """The owner's name of a process of this worker."""
-    return f"{BOOT_ID}/{pid or os.getpid()}"
+    return _owner_of(pid or os.getpid())
+
+
+@lru_cache(maxsize=64)
+def _owner_of(pid: int) -> str:
+    return f"{BOOT_ID}/{pid}"
 
 
 def in_pool_child() -> bool:
@@ -97,23 +102,6 @@ def _persist(write: Callable[[], T]) -> T:
             pause = min(LEDGER_PAUSE, pause * 2)
         else:
             return found
-
-
-def put_back(at: Station, run_id: str) -> None:
-    """Release a run of this process, uncounted, and owe the broker a new message.
-
-    The old one may be acknowledged or not, a copy does no harm.
-    """
-    now = at.database.now()
-    try:
-        with at.database.transaction() as tx:
-            released, handed = rescue.release(tx, owner_of(), run_id, now)
-            until = now + timedelta(seconds=at.settings.outbox_patience)
-            messages = outbox.requeue(tx, at.name, run_id, now, until) if released else []
-        send(at, messages)
-        relay(at, handed)
-    except LLMTasksError as away:
-        logger.warning("run %s cannot be put back, its lease ends it: %s", run_id, away)
 
 
 class Holdings:

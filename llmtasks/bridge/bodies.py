@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 
+from llmtasks.bridge.deadlines import call_at_deadline
 from llmtasks.options import HARD_LIMIT_MARGIN
 
 R = TypeVar("R")
@@ -77,8 +78,8 @@ class Body:
         """The coroutine runs as this task; its soft limit counts from now."""
         self._loop, self._task = loop, task
         if self.soft_limit:
-            timer = loop.call_later(self.soft_limit, self.exceed)
-            task.add_done_callback(lambda _: timer.cancel())
+            deadline = call_at_deadline(loop, self.soft_limit, self.exceed)
+            task.add_done_callback(lambda _: deadline.cancel())
 
     def meaning_of(self, error: asyncio.CancelledError) -> BaseException:
         """The error that the coroutine's cancellation stands for; code on its way may have raised a plain one anew."""

@@ -62,7 +62,8 @@ class Gathering(Generic[T]):
         loop = asyncio.get_running_loop()
         wish = Wish(asked, loop, loop.create_future())
         self._wishes.append(wish)
-        self._stirred.set()
+        if not self._stirred.is_set():
+            self._stirred.set()
         return wish.future
 
     def _work(self) -> None:

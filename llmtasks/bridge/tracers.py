@@ -9,10 +9,12 @@ import asyncio
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
+from llmtasks.bridge.deadlines import call_at_deadline
 from llmtasks.bridge.identity import of_this_tracer
 
 R = TypeVar("R")
@@ -68,9 +70,9 @@ class Tracer(greenlet):
         if limit is None:
             self._loops_own.switch(future)
         else:
-            timer = self.loop.call_later(limit, self._stop_waiting, future)
+            deadline = call_at_deadline(self.loop, limit, partial(self._stop_waiting, future))
             found = self._loops_own.switch(future)
-            timer.cancel()
+            deadline.cancel()
             if found is None:
                 raise TimeoutError
         return future.result()

@@ -20,19 +20,28 @@ SENT_HEADER: Final = "llm_sent_at"
 SHARED_LENGTH: Final = 1_000
 #: Of what ``Context.as_execution_options`` names, the ledger has these in columns of their own.
 _DROPPED_OPTIONS: Final = frozenset({"task_id", "retries", "headers"})
+#: What ties a run to others, or is its own; the envelope of one without any of it depends on the function alone.
+_RARE: Final = (
+    "parent_id", "group", "group_index", "chord", "chain", "callbacks", "errbacks", "shadow", "expires",
+    "replaced_task_nesting", "stamped_headers",
+)  # fmt: skip
 #: Its stub is older than get_actual_ignore_result.
 _task_module: Any = celery_task
 
 
 def envelope_of_request(request: Any, ignore_result: bool | None) -> str:
     """What sending the current request's message again needs, arguments aside, as JSON."""
+    headers = {key: value for key, value in (request.headers or {}).items() if key not in {DELIVER_HEADER, SENT_HEADER}}
+    where = request.delivery_info or {}
+    if not headers and request.root_id in {None, request.id} and not any(getattr(request, name) for name in _RARE):
+        limits = tuple(request.timelimit or ())
+        exchange, routing_key = where.get("exchange") or "", where.get("routing_key")
+        return _plain(limits, request.reply_to, request.origin, ignore_result, exchange, routing_key)
     options = {
         key: value
         for key, value in request.as_execution_options().items()
         if _says_something(value) and key not in _DROPPED_OPTIONS
     }
-    headers = {key: value for key, value in (request.headers or {}).items() if key not in {DELIVER_HEADER, SENT_HEADER}}
-    where = request.delivery_info or {}
     return dumps(
         {
             "options": options,
@@ -40,6 +49,30 @@ def envelope_of_request(request: Any, ignore_result: bool | None) -> str:
             "ignore_result": ignore_result,
             "exchange": where.get("exchange") or "",
             "routing_key": where.get("routing_key"),
+        },
+        "the message",
+    )
+
+
+@lru_cache(maxsize=1024)
+def _plain(
+    limits: tuple[float | None, ...],
+    reply_to: str | None,
+    origin: str | None,
+    ignore_result: bool | None,
+    exchange: str,
+    routing_key: str | None,
+) -> str:
+    """The envelope of a run that stands alone: all those that one process sends of a function are alike."""
+    hard, soft = limits or (None, None)
+    options = {"soft_time_limit": soft, "time_limit": hard, "reply_to": reply_to, "origin": origin}
+    return dumps(
+        {
+            "options": {key: value for key, value in options.items() if _says_something(value)},
+            "headers": {},
+            "ignore_result": ignore_result,
+            "exchange": exchange,
+            "routing_key": routing_key,
         },
         "the message",
     )

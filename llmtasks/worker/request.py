@@ -15,10 +15,11 @@ from celery.worker import state as worker_state
 from llmtasks import sender
 from llmtasks.dispatch import Station, relay, station
 from llmtasks.errors import LLMTasksError
-from llmtasks.holding import LEDGER_PAUSE, owner_of, put_back
+from llmtasks.holding import LEDGER_PAUSE, owner_of
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import cancelling, outbox, rescue, runs
 from llmtasks.store.runs import NewRun
+from llmtasks.worker.release import put_back
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from llmtasks.dispatch import station
-from llmtasks.holding import holdings, put_back
+from llmtasks.holding import holdings
+from llmtasks.worker.release import put_back
 
 logger = logging.getLogger(__name__)
 
