@@ -80,15 +80,15 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("kills", ["process", "worker"])
+@pytest.mark.parametrize(("pool", "kills"), [("prefork", "process"), ("prefork", "worker"), ("asyncio", "worker")])
 @pytest.mark.parametrize("step", STEPS)
 def test_chain_and_chord_survive_a_kill_at(
-    step: str, kills: str, project: Project, start_worker: Start, ledger: Ledger
+    step: str, pool: str, kills: str, project: Project, start_worker: Start, ledger: Ledger
 ) -> None:
     """Both give the right result, every run succeeds, and no function is called twice but for one killed mid-call."""
-    place, name = STEPS[step], f"{step}, {kills}"
+    place, name = STEPS[step], f"{step}, {pool}, {kills}"
     tasks: Any = project.app.tasks
-    worker = start_worker(concurrency=1)  # nobody else is hit
+    worker = start_worker(concurrency=1, pool=pool)  # nobody else is hit
     mines.lay(project.folder, event=place.event, file=place.file, function=place.function, kills=kills)
 
     first, *others = (f"{name}: link {number}" for number in range(3))
@@ -98,7 +98,7 @@ def test_chain_and_chord_survive_a_kill_at(
     wait_until(lambda: mines.exploded(project.folder), 30, "somebody steps on the mine")
     if kills == "worker" or place.file == "kombu/message.py":
         wait_until(lambda: not worker.running, 30, "the worker to be dead")
-        start_worker(concurrency=1)
+        start_worker(concurrency=1, pool=pool)
 
     assert last.get(timeout=60) == 3
     assert summed.get(timeout=60) == 6
@@ -107,5 +107,7 @@ def test_chain_and_chord_survive_a_kill_at(
     assert len(runs) == 7
     parts = [*(f"link {number}" for number in range(3)), *(f"member {number}" for number in range(3)), "total"]
     called = {part: len(ledger.notes_now(f"{name}: {part}")) for part in parts}
-    assert set(called.values()) <= {1, place.calls}
-    assert sum(called.values()) <= 7 + (place.calls - 1)
+    # The asyncio pool writes ends in groups: there this place is before the commit.
+    calls = 2 if (step, pool) == ("end is written", "asyncio") else place.calls
+    assert set(called.values()) <= {1, calls}
+    assert sum(called.values()) <= 7 + (calls - 1)
