@@ -108,9 +108,14 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
+@pytest.fixture(scope="module", params=["asyncio", "prefork", "threads"])
+def pool(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    with project_with(tmp_path_factory.mktemp("retries"), TASKS, **QUICK) as project:
+def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
+    with project_with(tmp_path_factory.mktemp("retries"), TASKS, **QUICK, LLMTASKS_POOL=pool) as project:
         project.worker()
         yield project
 
