@@ -7,10 +7,10 @@ from typing import Any
 
 from celery import signals
 
-from llmtasks import attempt
+from llmtasks import attempt, lifespan
 from llmtasks.dispatch import station
 from llmtasks.errors import DatabaseUnavailableError, SchemaOutdatedError
-from llmtasks.holding import holdings
+from llmtasks.holding import holdings, in_pool_child
 from llmtasks.keeper import Keeper
 from llmtasks.redis_options import STOCK_VISIBILITY, needs_stock
 from llmtasks.run_task import RunTask
@@ -62,6 +62,33 @@ def check_schema(sender: Any, **_: object) -> None:
         database.close()  # the pool's children are forked from here
 
 
+@signals.celeryd_after_setup.connect
+def begin_loop(instance: Any, **_: object) -> None:
+    """The worker will start its pool: call the start hooks, unless children have the loops."""
+    kind = _kind(instance.pool)
+    if kind == "prefork":
+        lifespan.expect_children()
+        return
+    try:
+        lifespan.begin(on_own=kind == "solo")
+    except lifespan.HookError as error:
+        logger.critical("the worker ends: %s", error, exc_info=error.__cause__)
+        raise SystemExit(1) from error
+
+
+@signals.worker_process_init.connect
+def begin_loop_of_child(**_: object) -> None:
+    """A prefork child starts, before its first run."""
+    if not in_pool_child():
+        return  # the solo pool says so too
+    try:
+        lifespan.begin(on_own=True)
+    except lifespan.HookError as error:
+        logger.critical("the worker ends: %s", error, exc_info=error.__cause__)
+        lifespan.end_parent()
+        raise SystemExit(1) from error
+
+
 @signals.worker_ready.connect
 def start_keeping(sender: Any, **_: object) -> None:
     """The worker consumes: keep runs moving and say that it lives."""
@@ -70,9 +97,7 @@ def start_keeping(sender: Any, **_: object) -> None:
     _worker.keeper = Keeper(at)
     _worker.keeper.start()
     pool = sender.pool
-    _worker.heart = ProcessHeart(
-        at, name=sender.hostname, pool=type(pool).__module__.rpartition(".")[2], concurrency=pool.num_processes
-    )
+    _worker.heart = ProcessHeart(at, name=sender.hostname, pool=_kind(pool), concurrency=pool.num_processes)
     _worker.heart.start()
 
 
@@ -84,10 +109,20 @@ def bound_shutdown(sig: str, how: str, **_: object) -> None:
 
 
 @signals.worker_shutdown.connect
-def stop_keeping(**_: object) -> None:
-    """The worker ends in order."""
+def end_loop(sender: Any, **_: object) -> None:
+    """The worker ends in order and no run is left: call the stop hooks, within the grace."""
+    if lifespan.failed_in_child():
+        sender.exitcode = 1
+    left = station(sender.app).settings.shutdown_grace
     if _worker.grace is not None:
+        left = _worker.grace.left()
         _worker.grace.cancel()
+    lifespan.end(left)
+
+
+@signals.worker_shutdown.connect
+def stop_keeping(**_: object) -> None:
+    """The worker ends, in order or by the end of its grace."""
     if _worker.keeper is not None:
         _worker.keeper.stop()
     if _worker.heart is not None:
@@ -96,8 +131,9 @@ def stop_keeping(**_: object) -> None:
 
 @signals.worker_process_shutdown.connect
 def flush_child(**_: object) -> None:
-    """A prefork child ends in order: write down what it delivered."""
+    """A prefork child ends in order: write down what it delivered, and call the stop hooks while the grace lasts."""
     holdings.flush()
+    lifespan.end(station().settings.shutdown_grace)
 
 
 @signals.task_postrun.connect
@@ -105,3 +141,8 @@ def let_go(task: Any, **_: object) -> None:
     """The tracer lets go of a request."""
     if isinstance(task, RunTask):
         attempt.let_go(task)
+
+
+def _kind(pool: Any) -> str:
+    """The last part of the module that a pool is in."""
+    return str(type(pool).__module__.rpartition(".")[2])
