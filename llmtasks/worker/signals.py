@@ -8,6 +8,7 @@ from typing import Any
 from celery import signals
 
 from llmtasks import attempt, lifespan
+from llmtasks.bridge import loops
 from llmtasks.dispatch import station
 from llmtasks.errors import DatabaseUnavailableError, SchemaOutdatedError
 from llmtasks.holding import holdings, in_pool_child
@@ -15,6 +16,7 @@ from llmtasks.keeper import Keeper
 from llmtasks.redis_options import STOCK_VISIBILITY, needs_stock
 from llmtasks.run_task import RunTask
 from llmtasks.sender import missing_socket_advice
+from llmtasks.worker import watchdog
 from llmtasks.worker.heartbeat import ProcessHeart
 from llmtasks.worker.shutdown import Grace
 
@@ -97,6 +99,8 @@ def start_keeping(sender: Any, **_: object) -> None:
     _worker.keeper = Keeper(at)
     _worker.keeper.start()
     pool = sender.pool
+    if _kind(pool) == "pool":  # ours of coroutines
+        watchdog.watch(loops.shared(), warning=at.settings.loop_warning, limit=at.settings.loop_limit)
     _worker.heart = ProcessHeart(at, name=sender.hostname, pool=_kind(pool), concurrency=pool.num_processes)
     _worker.heart.start()
 
@@ -123,6 +127,7 @@ def end_loop(sender: Any, **_: object) -> None:
 @signals.worker_shutdown.connect
 def stop_keeping(**_: object) -> None:
     """The worker ends, in order or by the end of its grace."""
+    watchdog.stop()
     if _worker.keeper is not None:
         _worker.keeper.stop()
     if _worker.heart is not None:
