@@ -67,12 +67,12 @@ def check_schema(sender: Any, **_: object) -> None:
 @signals.celeryd_after_setup.connect
 def begin_loop(instance: Any, **_: object) -> None:
     """The worker will start its pool: call the start hooks, unless children have the loops."""
-    kind = _kind(instance.pool)
-    if kind == "prefork":
+    pool = _module_of(instance.pool)
+    if pool == "celery.concurrency.prefork":
         lifespan.expect_children()
         return
     try:
-        lifespan.begin(on_own=kind == "solo")
+        lifespan.begin(on_own=pool == "celery.concurrency.solo")
     except lifespan.HookError as error:
         logger.critical("the worker ends: %s", error, exc_info=error.__cause__)
         raise SystemExit(1) from error
@@ -99,10 +99,18 @@ def start_keeping(sender: Any, **_: object) -> None:
     _worker.keeper = Keeper(at)
     _worker.keeper.start()
     pool = sender.pool
-    if _kind(pool) == "pool":  # ours of coroutines
-        watchdog.watch(loops.shared(), warning=at.settings.loop_warning, limit=at.settings.loop_limit)
-    _worker.heart = ProcessHeart(at, name=sender.hostname, pool=_kind(pool), concurrency=pool.num_processes)
+    _worker.heart = ProcessHeart(
+        at, name=sender.hostname, pool=type(pool).__module__.rpartition(".")[2], concurrency=pool.num_processes
+    )
     _worker.heart.start()
+
+
+@signals.worker_ready.connect
+def watch_loop(sender: Any, **_: object) -> None:
+    """The worker consumes: where coroutines share its loop, say what blocks that."""
+    if _module_of(sender.pool) == "llmtasks.worker.pool":
+        settings = station(sender.app).settings
+        watchdog.watch(loops.shared(), warning=settings.loop_warning, limit=settings.loop_limit)
 
 
 @signals.worker_shutting_down.connect
@@ -136,8 +144,13 @@ def stop_keeping(**_: object) -> None:
 
 @signals.worker_process_shutdown.connect
 def flush_child(**_: object) -> None:
-    """A prefork child ends in order: write down what it delivered, and call the stop hooks while the grace lasts."""
+    """A prefork child ends in order: write down what it delivered."""
     holdings.flush()
+
+
+@signals.worker_process_shutdown.connect
+def end_loop_of_child(**_: object) -> None:
+    """A prefork child ends in order: call the stop hooks; the end of the worker's grace ends the child."""
     lifespan.end(station().settings.shutdown_grace)
 
 
@@ -148,6 +161,6 @@ def let_go(task: Any, **_: object) -> None:
         attempt.let_go(task)
 
 
-def _kind(pool: Any) -> str:
-    """The last part of the module that a pool is in."""
-    return str(type(pool).__module__.rpartition(".")[2])
+def _module_of(pool: Any) -> str:
+    """Says which pool it is, and imports none."""
+    return type(pool).__module__
