@@ -79,6 +79,7 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self._looked = time.monotonic()
+        self._ask(self._looked)  # the loop tells its thread before anything that is given to it from now on
         self._thread.start()
 
     def stop(self) -> None:
@@ -114,8 +115,10 @@ class Watchdog:
         now, asked = time.monotonic(), self._asked
         # This thread was not woken either: something holds the interpreter's lock, or the process did not run at all.
         overslept = now - self._looked - self._every
-        self._looked = now
         stood_still = overslept >= self._warning
+        if asked is None and self._is_said:
+            self._is_said = False
+            _aside(lambda: logger.info("the event loop goes on; it was blocked for %.1f s", self._lags[-1][1]))
         blocked = overslept if asked is None else now - asked
         if blocked >= self._warning and not self._is_said:
             self._is_said = True
@@ -128,11 +131,9 @@ class Watchdog:
         # After standing still the loop gets another moment: nothing says that it would not have gone on.
         elif 0 < self._limit <= blocked and not stood_still:
             self._end(blocked)
+        self._looked = time.monotonic()
 
     def _ask(self, now: float) -> None:
-        if self._is_said:
-            self._is_said = False
-            _aside(lambda: logger.info("the event loop goes on; it was blocked for %.1f s", self._lags[-1][1]))
         self._asked = now
         try:
             self._loop.call_soon_threadsafe(self._answer, now)
