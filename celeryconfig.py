@@ -34,6 +34,8 @@ worker_consumer = "llmtasks.worker.consumer:RunConsumer"
 worker_pool = pool()
 worker_concurrency = TaskDefaults.read(TASK_CONFIG).concurrency(worker_pool)
 worker_prefetch_multiplier = 1
+# Start hooks may take so many seconds in a prefork child that replaces another; Celery's 4 are for importing modules.
+worker_proc_alive_timeout = 60
 worker_send_task_events = True
 task_send_sent_event = True
 # Quorum queues of RabbitMQ (task_default_queue_type = "quorum") need None here: they have no such priorities.

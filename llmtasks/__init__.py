@@ -2,6 +2,7 @@
 
 from llmtasks.errors import LLMTasksError
 from llmtasks.install import install
+from llmtasks.lifespan import on_worker_loop_start, on_worker_loop_stop
 from llmtasks.metrics import track_task_performance
 from llmtasks.monitor import TaskMonitor
 from llmtasks.registry import TaskRegistry, task_registry
@@ -16,6 +17,8 @@ __all__ = [
     "TaskMonitor",
     "TaskRegistry",
     "install",
+    "on_worker_loop_start",
+    "on_worker_loop_stop",
     "retry_with_backoff",
     "task_registry",
     "track_task_performance",

@@ -36,6 +36,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "task_send_sent_event": True,
     "worker_consumer": "llmtasks.worker.consumer:RunConsumer",
     "worker_prefetch_multiplier": 1,
+    "worker_proc_alive_timeout": 60.0,
     "worker_send_task_events": True,
 }
 PURGE: Final = "llmtasks.purge"

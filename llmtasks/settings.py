@@ -118,6 +118,8 @@ class Settings:
         keep_runs_days: Finished runs are kept this many days.
         keep_bytes: Arguments and results of a delivered run are cut to this many characters each.
         shutdown_grace: After SIGTERM a worker lets its runs go on for this long, then puts them back.
+        loop_warning: A worker whose event loop has been blocked for this long says what blocks it (asyncio pool).
+        loop_limit: A worker whose event loop has been blocked for this long ends at once; 0 is never.
     """
 
     app: str
@@ -135,6 +137,8 @@ class Settings:
     keep_runs_days: float = 30.0
     keep_bytes: int = 10_000
     shutdown_grace: float = 20.0
+    loop_warning: float = 1.0
+    loop_limit: float = 0.0
 
     @property
     def lease_time(self) -> timedelta:
@@ -207,6 +211,8 @@ def read(conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | Non
         keep_runs_days=get("keep_runs_days", float, 30.0),
         keep_bytes=get("keep_bytes", int, 10_000),
         shutdown_grace=get("shutdown_grace", float, 20.0),
+        loop_warning=get("loop_warning", float, 1.0),
+        loop_limit=get("loop_limit", float, 0.0),
     )
     if settings.lease < 2 * settings.heartbeat:
         raise InvalidOptionError(

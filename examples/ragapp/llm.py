@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 import httpx
 
 from examples.ragapp.index import Hit
-from llmtasks import retry_with_backoff
+from llmtasks import on_worker_loop_start, on_worker_loop_stop, retry_with_backoff
 
 TIMEOUT: Final = httpx.Timeout(30, connect=5)
 #: Waiting longer than this is not the business of one attempt.
@@ -31,6 +32,35 @@ class LLMUnavailableError(LLMError):
     """The endpoint did not answer now: it is busy, down or slow. Ask again."""
 
 
+#: The client of this worker's runs; None in other processes.
+_shared: httpx.AsyncClient | None = None
+
+
+@on_worker_loop_start
+async def open_client() -> None:
+    """Make the client that all runs share: making one loads certificates, which takes some time."""
+    global _shared
+    _shared = httpx.AsyncClient(timeout=TIMEOUT)
+
+
+@on_worker_loop_stop
+async def close_client() -> None:
+    """Close its connections."""
+    global _shared
+    if _shared is not None:
+        await _shared.aclose()
+    _shared = None
+
+
+@asynccontextmanager
+async def _client() -> AsyncIterator[httpx.AsyncClient]:
+    if _shared is not None:
+        yield _shared
+        return
+    async with httpx.AsyncClient(timeout=TIMEOUT) as client:
+        yield client
+
+
 @retry_with_backoff(max_retries=5, base_delay=0.5, max_delay=8, retry_on=(LLMUnavailableError,))
 async def ask(question: str, hits: Sequence[Hit], *, url: str, key: str, model: str) -> str:
     """The model's answer to ``question`` from ``hits``.
@@ -48,8 +78,9 @@ async def ask(question: str, hits: Sequence[Hit], *, url: str, key: str, model: 
     """
     body = {"model": model, "temperature": 0, "messages": prompt(question, hits)}
     try:
-        async with httpx.AsyncClient(timeout=TIMEOUT, headers={"Authorization": f"Bearer {key}"}) as client:
-            response = await client.post(f"{url.rstrip('/')}/chat/completions", json=body)
+        async with _client() as client:
+            headers = {"Authorization": f"Bearer {key}"}
+            response = await client.post(f"{url.rstrip('/')}/chat/completions", json=body, headers=headers)
     except httpx.TransportError as error:
         raise LLMUnavailableError(f"{url} does not answer: {error!r}") from error
     if response.status_code == httpx.codes.TOO_MANY_REQUESTS:

@@ -79,7 +79,7 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
         logger.info("run %s does not start: %s", claim.id, full)
         raise Ignore(full)
     soft, hard = limits_of(task)
-    body = Body(soft_limit=soft, hard_limit=hard)
+    body = Body(soft_limit=soft, hard_limit=hard, name=f"run {claim.id} of {task.name}")
     hold = Hold(station=at, claim=claim, body=body, args=offer.args, kwargs=offer.kwargs)
     holdings.hold(hold)
     return hold

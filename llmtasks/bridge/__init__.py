@@ -16,20 +16,23 @@ from typing import Any, TypeVar
 
 from billiard.exceptions import TimeLimitExceeded
 
-from llmtasks.bridge.bodies import Body, NotYours, Stepper, TimeIsUp
+from llmtasks.bridge.bodies import Body, NotYours, Stepper, TimeIsUp, body_in
 from llmtasks.bridge.gathering import Gathering, Wish
 from llmtasks.bridge.identity import identify, is_traced, of_this_tracer
 from llmtasks.bridge.loops import loops
 from llmtasks.bridge.tracers import Tracer, in_thread, tracer_here
+from llmtasks.bridge.zombies import zombies
 from llmtasks.options import HARD_LIMIT_MARGIN
 
 __all__ = [
     "Body",
     "Gathering",
     "NotYours",
+    "Stepper",
     "TimeIsUp",
     "Tracer",
     "Wish",
+    "body_in",
     "call",
     "identify",
     "in_coroutine",
@@ -38,6 +41,7 @@ __all__ = [
     "name_of",
     "tracer_here",
     "wait",
+    "zombies",
 ]
 
 R = TypeVar("R")
@@ -102,8 +106,7 @@ def wait(coroutine: Coroutine[Any, Any, R], body: Body) -> R:
 
 def _wait_on_own(stepper: Stepper[R], body: Body, context: contextvars.Context) -> R:
     loop = loops.own()
-    task = loop.create_task(stepper, context=context)
-    body.attach(loop, task)
+    task = body.begin(loop, stepper, context)
     try:
         return loop.run_until_complete(task)
     except BaseException:
@@ -120,29 +123,26 @@ def _wait_on_shared(stepper: Stepper[R], body: Body, context: contextvars.Contex
     made: list[asyncio.Task[R]] = []
 
     def start() -> None:
-        task = loop.create_task(stepper, context=context)
+        task = body.begin(loop, stepper, context)
         made.append(task)
-        body.attach(loop, task)
         task.add_done_callback(lambda _: done.set())
 
     loop.call_soon_threadsafe(start)
     if not done.wait(body.hard_limit):
-        # Nothing ends a thread; the coroutine is told to stop once more and its outcome counts for nothing.
-        for task in made:
-            loop.call_soon_threadsafe(task.cancel)
+        # The thread goes on without it; it is told to stop until it does, and its outcome counts for nothing.
+        loop.call_soon_threadsafe(body.abandon)
         raise TimeLimitExceeded(body.hard_limit)
     return made[0].result()
 
 
 def _wait_in_tracer(tracer: Tracer, stepper: Stepper[R], body: Body, context: contextvars.Context) -> R:
-    task = tracer.loop.create_task(stepper, context=context)
-    body.attach(tracer.loop, task)
+    task = body.begin(tracer.loop, stepper, context)
     try:
         return tracer.wait_for(task, body.hard_limit)
     except TimeoutError:
         if task.done():
             raise
-        task.cancel()
+        body.abandon()  # its place is free for another run; as long as it goes on it counts among the zombies
         raise TimeLimitExceeded(body.hard_limit) from None
 
 

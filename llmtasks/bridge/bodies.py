@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 
 from llmtasks.bridge.deadlines import call_at_deadline
+from llmtasks.bridge.zombies import zombies
 from llmtasks.options import HARD_LIMIT_MARGIN
 
 R = TypeVar("R")
@@ -35,6 +37,8 @@ class Body:
     soft_limit: float | None = None
     #: Seconds after which nobody waits for a coroutine any more, whatever it does; None is 30 after the soft limit.
     hard_limit: float | None = None
+    #: Names the run and its function in the log.
+    name: str = "a coroutine outside any run"
     started: float = field(default_factory=time.monotonic)
     is_async: bool = False
     #: What is to be raised inside the coroutine, or was. The first wins, save that a cancellation follows a soft limit.
@@ -42,8 +46,11 @@ class Body:
     thrown: bool = False
     #: The soft limit was passed and said; it is said once.
     exceeded: bool = False
+    #: Nobody waits for it any more: its hard limit is over.
+    abandoned: bool = False
     _loop: asyncio.AbstractEventLoop | None = None
     _task: asyncio.Task[Any] | None = None
+    _coroutine: Coroutine[Any, Any, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.hard_limit is None and self.soft_limit:
@@ -55,8 +62,21 @@ class Body:
             return False
         if self.interruption is None or (self.thrown and isinstance(self.interruption, TimeIsUp)):
             self.interruption, self.thrown = error, False
-            self._loop.call_soon_threadsafe(self._task.cancel)
+            self._loop.call_soon_threadsafe(self._cancel)
         return True
+
+    def abandon(self) -> None:
+        """Stop waiting for the coroutine: its run is over, and it is cancelled until it ends. In the loop's thread."""
+        self.abandoned = True
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._loop is None or self._task is None or self._coroutine is None:
+            return
+        if isinstance(self.interruption, TimeIsUp) and not self.abandoned:
+            self._task.cancel()  # the coroutine may catch it and go on until its hard limit
+        else:
+            zombies.cancel(self._loop, self._task, self._coroutine, self.name, is_stray=self.abandoned)
 
     def is_starting(self) -> bool:
         """Whether it is a coroutine that does not run yet, so that nothing can interrupt it for a moment."""
@@ -74,12 +94,17 @@ class Body:
             return False
         return time.monotonic() - self.started > self.soft_limit
 
-    def attach(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
-        """The coroutine runs as this task; its soft limit counts from now."""
-        self._loop, self._task = loop, task
+    def begin(
+        self, loop: asyncio.AbstractEventLoop, stepper: Stepper[R], context: contextvars.Context
+    ) -> asyncio.Task[R]:
+        """Run the coroutine as a task; its soft limit counts from now."""
+        context.run(_body.set, self)
+        task = loop.create_task(stepper, context=context)
+        self._loop, self._task, self._coroutine = loop, task, stepper.inner
         if self.soft_limit:
             deadline = call_at_deadline(loop, self.soft_limit, self.exceed)
             task.add_done_callback(lambda _: deadline.cancel())
+        return task
 
     def meaning_of(self, error: asyncio.CancelledError) -> BaseException:
         """The error that the coroutine's cancellation stands for; code on its way may have raised a plain one anew."""
@@ -92,6 +117,15 @@ class Body:
         return self._loop is not None and asyncio.current_task(self._loop) is self._task
 
 
+#: The body whose coroutine, child of it or thread this is.
+_body: Final[contextvars.ContextVar[Body | None]] = contextvars.ContextVar("llmtasks_body", default=None)
+
+
+def body_in(context: contextvars.Context) -> Body | None:
+    """The body that code in this context belongs to."""
+    return context.get(_body)
+
+
 class Stepper(Coroutine[Any, Any, R]):
     """A coroutine in which the cancellation that ``Body.interrupt`` made becomes the error that it stands for.
 
@@ -99,24 +133,24 @@ class Stepper(Coroutine[Any, Any, R]):
     """
 
     def __init__(self, inner: Coroutine[Any, Any, R], body: Body) -> None:
-        self._inner = inner
-        self._body = body
+        self.inner = inner
+        self.body = body
 
     def send(self, value: Any) -> Any:
         """Go on with a value."""
-        return self._guarded(self._inner.send, value)
+        return self._guarded(self.inner.send, value)
 
     def throw(self, *error: Any) -> Any:
         """Go on with an error, or with the one that it stands for."""
         first = error[0] if isinstance(error[0], BaseException) else error[0](*error[1:2])
-        body, wanted = self._body, self._body.interruption
+        body, wanted = self.body, self.body.interruption
         if isinstance(first, asyncio.CancelledError) and wanted is not None and not body.thrown:
             body.thrown = True
             task = asyncio.current_task()
             if isinstance(wanted, TimeIsUp) and task is not None:
                 task.uncancel()  # the coroutine may catch it and go on
-            return self._guarded(self._inner.throw, wanted)
-        return self._guarded(self._inner.throw, first)
+            return self._guarded(self.inner.throw, wanted)
+        return self._guarded(self.inner.throw, first)
 
     @staticmethod
     def _guarded(step: Callable[[Any], Any], value: Any) -> Any:
@@ -130,7 +164,7 @@ class Stepper(Coroutine[Any, Any, R]):
 
     def close(self) -> None:
         """End it."""
-        self._inner.close()
+        self.inner.close()
 
     def __await__(self) -> Generator[Any, Any, R]:
-        return self._inner.__await__()
+        return self.inner.__await__()

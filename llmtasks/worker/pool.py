@@ -29,6 +29,7 @@ from celery.concurrency import base
 from llmtasks.bridge import Tracer, loops
 from llmtasks.holding import Cancelled, holdings
 from llmtasks.run_task import RunTask
+from llmtasks.worker import watchdog
 from llmtasks.worker.callbacks import Callbacks
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
             "peak": self._peak,
             "waiting": len(self._waiting) + len(self._given),
             "threads": len(getattr(self._threads, "_threads", ())),
-            "loop": type(self._loop).__module__.partition(".")[0],
+            **watchdog.report(self._loop),
         }
 
     # -- of the loop's thread

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: Coroutines get this part of a lease to tidy up: nobody may call their runs lost meanwhile.
 TIDY_UP: Final = 0.25
+#: Stop hooks get this many seconds at least, however much of the grace the runs have used up.
+LEAST_LEFT: Final = 1.0
 
 
 class Grace:
@@ -30,6 +33,13 @@ class Grace:
         self._consumer = consumer
         self._stop_keeping = stop_keeping
         self._timer: threading.Timer | None = None
+        self._began: float | None = None
+
+    def left(self) -> float:
+        """The seconds that are left for what follows the last run."""
+        grace: float = station(self._consumer.app).settings.shutdown_grace
+        gone = 0.0 if self._began is None else time.monotonic() - self._began
+        return max(LEAST_LEFT, grace - gone)
 
     def begin(self) -> None:
         """The worker takes no new messages and waits for what runs."""
@@ -37,6 +47,7 @@ class Grace:
             settings = station(self._consumer.app).settings
             self._timer = threading.Timer(settings.shutdown_grace, self._end, args=(settings.shutdown_grace,))
             self._timer.daemon = True
+            self._began = time.monotonic()
             self._timer.start()
 
     def cancel(self) -> None:

@@ -7,14 +7,16 @@ from typing import Any
 
 from celery import signals
 
-from llmtasks import attempt
+from llmtasks import attempt, lifespan
+from llmtasks.bridge import loops
 from llmtasks.dispatch import station
 from llmtasks.errors import DatabaseUnavailableError, SchemaOutdatedError
-from llmtasks.holding import holdings
+from llmtasks.holding import holdings, in_pool_child
 from llmtasks.keeper import Keeper
 from llmtasks.redis_options import STOCK_VISIBILITY, needs_stock
 from llmtasks.run_task import RunTask
 from llmtasks.sender import missing_socket_advice
+from llmtasks.worker import watchdog
 from llmtasks.worker.heartbeat import ProcessHeart
 from llmtasks.worker.shutdown import Grace
 
@@ -62,6 +64,33 @@ def check_schema(sender: Any, **_: object) -> None:
         database.close()  # the pool's children are forked from here
 
 
+@signals.celeryd_after_setup.connect
+def begin_loop(instance: Any, **_: object) -> None:
+    """The worker will start its pool: call the start hooks, unless children have the loops."""
+    pool = _module_of(instance.pool)
+    if pool == "celery.concurrency.prefork":
+        lifespan.expect_children()
+        return
+    try:
+        lifespan.begin(on_own=pool == "celery.concurrency.solo")
+    except lifespan.HookError as error:
+        logger.critical("the worker ends: %s", error, exc_info=error.__cause__)
+        raise SystemExit(1) from error
+
+
+@signals.worker_process_init.connect
+def begin_loop_of_child(**_: object) -> None:
+    """A prefork child starts, before its first run."""
+    if not in_pool_child():
+        return  # the solo pool says so too
+    try:
+        lifespan.begin(on_own=True)
+    except lifespan.HookError as error:
+        logger.critical("the worker ends: %s", error, exc_info=error.__cause__)
+        lifespan.end_parent()
+        raise SystemExit(1) from error
+
+
 @signals.worker_ready.connect
 def start_keeping(sender: Any, **_: object) -> None:
     """The worker consumes: keep runs moving and say that it lives."""
@@ -75,6 +104,14 @@ def start_keeping(sender: Any, **_: object) -> None:
     _worker.heart.start()
 
 
+@signals.worker_ready.connect
+def watch_loop(sender: Any, **_: object) -> None:
+    """The worker consumes: where coroutines share its loop, say what blocks that."""
+    if _module_of(sender.pool) == "llmtasks.worker.pool":
+        settings = station(sender.app).settings
+        watchdog.watch(loops.shared(), warning=settings.loop_warning, limit=settings.loop_limit)
+
+
 @signals.worker_shutting_down.connect
 def bound_shutdown(sig: str, how: str, **_: object) -> None:
     """A warm shutdown waits for running runs, but not for ever: then they are put back, uncounted."""
@@ -83,10 +120,21 @@ def bound_shutdown(sig: str, how: str, **_: object) -> None:
 
 
 @signals.worker_shutdown.connect
-def stop_keeping(**_: object) -> None:
-    """The worker ends in order."""
+def end_loop(sender: Any, **_: object) -> None:
+    """The worker ends in order and no run is left: call the stop hooks, within the grace."""
+    if lifespan.failed_in_child():
+        sender.exitcode = 1
+    left = station(sender.app).settings.shutdown_grace
     if _worker.grace is not None:
+        left = _worker.grace.left()
         _worker.grace.cancel()
+    lifespan.end(left)
+
+
+@signals.worker_shutdown.connect
+def stop_keeping(**_: object) -> None:
+    """The worker ends, in order or by the end of its grace."""
+    watchdog.stop()
     if _worker.keeper is not None:
         _worker.keeper.stop()
     if _worker.heart is not None:
@@ -99,8 +147,19 @@ def flush_child(**_: object) -> None:
     holdings.flush()
 
 
+@signals.worker_process_shutdown.connect
+def end_loop_of_child(**_: object) -> None:
+    """A prefork child ends in order: call the stop hooks; the end of the worker's grace ends the child."""
+    lifespan.end(station().settings.shutdown_grace)
+
+
 @signals.task_postrun.connect
 def let_go(task: Any, **_: object) -> None:
     """The tracer lets go of a request."""
     if isinstance(task, RunTask):
         attempt.let_go(task)
+
+
+def _module_of(pool: Any) -> str:
+    """Says which pool it is, and imports none."""
+    return type(pool).__module__

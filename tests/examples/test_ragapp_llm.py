@@ -52,6 +52,21 @@ async def test_the_answer_is_quoted_from_the_excerpts(model: StubModel) -> None:
     assert (await ask(model.url, "What is the next run of a paused schedule?")).startswith("A paused schedule")
 
 
+async def test_a_worker_asks_with_the_client_that_it_opened(model: StubModel) -> None:
+    """Between its start and its end; elsewhere each question has a client of its own."""
+    await llm.open_client()
+    shared = llm._shared
+    assert shared is not None
+    for _ in range(2):
+        assert (await ask(model.url)).startswith("Apples are red in autumn. [1]")
+    assert not shared.is_closed
+
+    await llm.close_client()
+
+    assert shared.is_closed
+    assert (await ask(model.url)).startswith("Apples are red in autumn. [1]")
+
+
 def test_the_answer_is_prose() -> None:
     """Code, tables and headings are not quoted, whatever words they have."""
     words = "when are apples red in autumn"

@@ -189,7 +189,17 @@ async def stacked(x: int) -> str:
     return str(x)
 
 
+@llmtasks.on_worker_loop_start
+async def opens() -> int:
+    return 1
+
+
+@llmtasks.on_worker_loop_stop  # type: ignore[type-var]  # pyright: ignore[reportArgumentType, reportUntypedFunctionDecorator]
+async def closes(what: str) -> None: ...
+
+
 async def wrapped() -> None:
+    assert_type(await opens(), int)
     assert_type(await with_retry(1), str)
     assert_type(with_retry_sync(1), str)
     assert_type(await tracked(1), str)
