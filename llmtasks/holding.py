@@ -109,6 +109,8 @@ class Holdings:
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._held: dict[str, Hold] = {}
+        #: Runs of functions whose ledger is off: nothing stamps them.
+        self._lent: dict[str, Body] = {}
         self._delivered: list[tuple[Station, Delivered]] = []
         self._thread: threading.Thread | None = None
 
@@ -138,8 +140,24 @@ class Holdings:
         """Raise ``error`` inside the coroutine of a held run, if it runs."""
         with self._lock:
             hold = self._held.get(run_id)
-            if hold is not None and hold.calling:
-                hold.body.interrupt(error)
+            body = self._lent.get(run_id) if hold is None else hold.body if hold.calling else None
+            if body is not None:
+                body.interrupt(error)
+
+    def lend(self, run_id: str, body: Body) -> None:
+        """A function whose ledger is off begins: until it is taken back, its run can be interrupted."""
+        self._lent[run_id] = body
+
+    def take_back(self, run_id: str, body: Body) -> None:
+        """It has ended."""
+        if self._lent.get(run_id) is body:
+            del self._lent[run_id]
+
+    @property
+    def calls(self) -> bool:
+        """Whether a function runs in this process."""
+        with self._lock:
+            return bool(self._lent) or any(hold.calling for hold in self._held.values())
 
     def set_calling(self, hold: Hold, calling: bool) -> None:
         """The function of a held run begins or has ended.
@@ -167,8 +185,9 @@ class Holdings:
             for hold in held_now:
                 hold.lost = True
             stopping = [hold for hold in held_now if hold.calling and hold.body.interrupt(NotYours(why))]
+            lent = {run_id for run_id, body in list(self._lent.items()) if body.interrupt(NotYours(why))}
         deadline = time.monotonic() + patience
-        while any(hold.calling for hold in stopping) and time.monotonic() < deadline:
+        while (any(hold.calling for hold in stopping) or lent & {*self._lent}) and time.monotonic() < deadline:
             time.sleep(0.01)
         return held_now
 

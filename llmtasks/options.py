@@ -9,7 +9,16 @@ from typing import Any, Final
 
 from llmtasks.checks import check_number, check_text, check_whole
 from llmtasks.errors import InvalidOptionError, nearest
-from llmtasks.policies import DEFAULT_MISFIRE_GRACE, Misfire, Overlap, check_bounds, check_policies, seconds_of
+from llmtasks.policies import (
+    DEFAULT_MISFIRE_GRACE,
+    LedgerUse,
+    Misfire,
+    Overlap,
+    check_bounds,
+    check_ledger,
+    check_policies,
+    seconds_of,
+)
 from llmtasks.settings import TaskDefaults
 from llmtasks.uniqueness import UniqueRule, rule_of
 
@@ -92,6 +101,7 @@ class TaskOptions:
         on_failure: Called with (run, error) after the last attempt failed.
         on_success: Called with (run, result) after an attempt succeeded.
         redact: Names of parameters whose values the ledger hides once the run is over.
+        ledger: "off" runs it as a plain Celery task, of which no database hears.
         celery: Celery's own task options.
     """
 
@@ -121,6 +131,7 @@ class TaskOptions:
     on_failure: Callable[..., Any] | None = None
     on_success: Callable[..., Any] | None = None
     redact: tuple[str, ...] = ()
+    ledger: str = LedgerUse.ON
     celery: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,6 +154,7 @@ class TaskOptions:
                     name, given[name], "a value only together with interval_minutes or schedule", "A Task has its own."
                 )
         rule_of(given)
+        check_ledger(given)
         begin, end = check_bounds(given["starts_at"], given["ends_at"])
         checked = {"redact": tuple(names), "misfire_window": seconds_of(self.misfire_window)}
         for name, value in {**checked, "starts_at": begin, "ends_at": end}.items():

@@ -45,6 +45,7 @@ class RegisterOptions(TypedDict, total=False):
     on_failure: Callable[[Run, Any], object] | None
     on_success: Callable[[Run, Any], object] | None
     redact: Iterable[str]
+    ledger: Literal["on", "off"]
     # Celery's own task options.
     acks_late: Literal[True]
     autoretry_for: tuple[type[BaseException], ...]

@@ -47,6 +47,8 @@ class RunTask(_Task):  # type: ignore[misc]  # Any as a base, see above
     acks_late = True
     #: Set by the registry on each task's own class.
     options: ClassVar[TaskOptions]
+    #: Whether the ledger has its runs.
+    is_recorded: ClassVar[bool] = True
     function: ClassVar[Callable[..., Any]]
     parameters: ClassVar[tuple[str, ...]]
     takes_self: ClassVar[bool]

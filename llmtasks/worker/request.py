@@ -46,13 +46,13 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """A child died (lost, hard limit, sys.exit): end its attempt in the ledger. Other failures are the tracer's."""
-        error = _inner(exc_info)
+        error = inner_error(exc_info)
         died = isinstance(error, WorkerLostError | TimeLimitExceeded | SystemExit | KeyboardInterrupt)
         if return_ok or not died or self._already_cancelled or self._already_revoked or worker_state.should_terminate:
             return super().on_failure(exc_info, send_failed_event, return_ok)
         worker_state.task_ready(self)
         if isinstance(error, SystemExit | KeyboardInterrupt):
-            error = _inner(self._worker_lost_info(error))
+            error = inner_error(self._worker_lost_info(error))
         try:
             self._end_attempt(error)
         except LLMTasksError as away:
@@ -184,7 +184,7 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
         )
 
 
-def _inner(exc_info: Any) -> Exception:
+def inner_error(exc_info: Any) -> Exception:
     """The error itself, out of billiard's ExceptionWithTraceback."""
     found: Exception = getattr(exc_info.exception, "exc", exc_info.exception)
     return found

@@ -36,6 +36,14 @@ def configured(x: int, y: int) -> float:
     return x / y
 
 
+@task_registry.register(name="plain", ledger="off", ignore_result=True)
+async def plain(doc_id: str) -> int:
+    return len(doc_id)
+
+
+task_registry.register(name="ledger", ledger="never")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+
+
 @task_registry.register(name="bound", bind=True)
 async def bound(self: Any, doc_id: str) -> bytes:
     return doc_id.encode()
