@@ -7,18 +7,9 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from llmtasks.checks import check_number, check_text, check_whole
+from llmtasks.checks import check_ledger, check_number, check_text, check_whole
 from llmtasks.errors import InvalidOptionError, nearest
-from llmtasks.policies import (
-    DEFAULT_MISFIRE_GRACE,
-    LedgerUse,
-    Misfire,
-    Overlap,
-    check_bounds,
-    check_ledger,
-    check_policies,
-    seconds_of,
-)
+from llmtasks.policies import DEFAULT_MISFIRE_GRACE, Misfire, Overlap, check_bounds, check_policies, seconds_of
 from llmtasks.settings import TaskDefaults
 from llmtasks.uniqueness import UniqueRule, rule_of
 
@@ -85,6 +76,7 @@ class TaskOptions:
         timeout: Seconds that one attempt may take.
         priority: 1 (first) to 10 (last).
         max_instances: How many runs of this function may run at once, over all workers.
+        max_concurrency: How many runs of this function may run at once in one worker; the others wait in it.
         overlap: What happens to an instant that comes while another run of the schedule is unfinished.
         misfire: What happens to instants that nobody could dispatch in time.
         misfire_grace: Seconds after which an instant counts as missed.
@@ -115,6 +107,7 @@ class TaskOptions:
     timeout: float | None = None
     priority: int = DEFAULT_PRIORITY
     max_instances: int | None = None
+    max_concurrency: int | None = None
     overlap: str = Overlap.SKIP
     misfire: str = Misfire.ONCE
     misfire_grace: float = DEFAULT_MISFIRE_GRACE
@@ -131,7 +124,7 @@ class TaskOptions:
     on_failure: Callable[..., Any] | None = None
     on_success: Callable[..., Any] | None = None
     redact: tuple[str, ...] = ()
-    ledger: str = LedgerUse.ON
+    ledger: str = "on"
     celery: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -270,7 +263,8 @@ def check_schedule_options(values: Mapping[str, Any]) -> None:
     check_number("timeout", values.get("timeout"), above=0)
     check_whole("max_retries", values.get("max_retries"), 0, None)
     check_whole("priority", values.get("priority"), 1, 10)
-    check_whole("max_instances", values.get("max_instances"), 1, None)
+    for name in ("max_instances", "max_concurrency"):
+        check_whole(name, values.get(name), 1, None)
     check_policies(values)
     queue = values.get("queue")
     if queue is not None:

@@ -18,7 +18,7 @@ from llmtasks.checks import instant_of
 from llmtasks.dispatch import Station
 from llmtasks.errors import InvalidOptionError, InvalidParamsError, InvalidTriggerError
 from llmtasks.options import check_schedule_options
-from llmtasks.policies import LedgerUse, check_bounds, seconds_of
+from llmtasks.policies import check_bounds, seconds_of
 from llmtasks.registry import task_registry
 from llmtasks.store.schedules import Schedule, trigger_columns
 from llmtasks.triggers import Cron, Interval, Once, Trigger
@@ -160,7 +160,7 @@ def check_params(func_name: str, params: object) -> None:
         InvalidParamsError: The parameters do not fit; the error names the function's signature.
     """
     function = task_registry.function(func_name)
-    if task_registry.options(func_name).ledger == LedgerUse.OFF:
+    if task_registry.options(func_name).ledger == "off":
         raise InvalidOptionError(
             "func_name", func_name, "a function whose runs are in the ledger", "It is registered with ledger='off'."
         )

@@ -22,20 +22,6 @@ REACHED_END: Final = "it reached its end"
 JITTERED: Final = "jitter: "
 
 
-class LedgerUse(StrEnum):
-    """Whether the runs of a function are in the ledger."""
-
-    ON = "on"
-    #: They are plain Celery tasks, of which the database hears nothing.
-    OFF = "off"
-
-
-#: What only the ledger can do.
-NEEDS_LEDGER: Final = (
-    "max_instances", "unique", "interval_minutes", "schedule", "on_failure", "on_success", "redact",
-)  # fmt: skip
-
-
 class Overlap(StrEnum):
     """What happens to an instant of a periodic schedule that comes while another run of it is unfinished."""
 
@@ -92,21 +78,6 @@ class Policies:
         """The delay of a run: the same part of ``jitter`` wherever and however often it is computed."""
         # The first 32 bits of a run's id come from a hash of its schedule and instant (RFC 9562, version 5).
         return self.jitter * ((uuid.UUID(run_id).int >> 96) / 2**32)
-
-
-def check_ledger(values: Mapping[str, Any]) -> None:
-    """Check that nothing is asked for that only the ledger can do where it is off.
-
-    Raises:
-        InvalidOptionError: Something is; it names both options.
-    """
-    if values["ledger"] not in list(LedgerUse):
-        raise InvalidOptionError("ledger", values["ledger"], "'on' or 'off'")
-    for name in NEEDS_LEDGER:
-        if values["ledger"] == LedgerUse.OFF and values[name]:
-            raise InvalidOptionError(
-                "ledger", "off", f"'on' together with {name}={values[name]!r}", f"Only the ledger keeps {name}."
-            )
 
 
 def may_wait(options: Mapping[str, Any]) -> bool:

@@ -29,6 +29,7 @@ class RegisterOptions(TypedDict, total=False):
     timeout: float | None
     priority: int
     max_instances: int | None
+    max_concurrency: int | None
     overlap: Literal["skip", "queue_one", "allow", "cancel_running"]
     misfire: Literal["once", "skip", "all"]
     misfire_grace: float

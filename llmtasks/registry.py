@@ -22,7 +22,6 @@ from llmtasks.errors import (
 from llmtasks.identity import check_identity, unique_of
 from llmtasks.off_ledger import OffLedgerTask
 from llmtasks.options import TaskOptions
-from llmtasks.policies import LedgerUse
 from llmtasks.registered import (
     BoundTaskDecorator,
     P,
@@ -190,7 +189,7 @@ def _celery_task(function: Callable[..., Any], options: TaskOptions) -> Any:
     run = functools.wraps(function)(body_of(function))
     # At run time this is Celery's Proxy; the protocols say what it can do, with the function's own types.
     return _shared_task(
-        base=OffLedgerTask if options.ledger == LedgerUse.OFF else RunTask,
+        base=OffLedgerTask if options.ledger == "off" else RunTask,
         options=options,
         function=staticmethod(function),
         parameters=parameters[1:] if takes_self else parameters,

@@ -17,7 +17,7 @@ from llmtasks.checks import check_whole
 from llmtasks.dispatch import Station
 from llmtasks.errors import ConfigurationError, LLMTasksError
 from llmtasks.plan import default_zone, plain
-from llmtasks.policies import POLICY_NAMES, LedgerUse, check_policies, seconds_of
+from llmtasks.policies import POLICY_NAMES, check_policies, seconds_of
 from llmtasks.registry import task_registry
 from llmtasks.triggers import Cron, Interval, Trigger
 
@@ -67,7 +67,7 @@ def declared_entries(at: Station) -> list[Declared]:
 def _declared(at: Station, name: str, entry: Mapping[str, Any]) -> Declared:
     func_name = entry["task"]
     known = func_name in task_registry
-    handed = not known or task_registry.options(func_name).ledger == LedgerUse.OFF
+    handed = not known or task_registry.options(func_name).ledger == "off"
     if name in task_registry and task_registry.options(name).is_scheduled:
         raise ConfigurationError("a registered function's own schedule has this name; rename one")
     trigger, zone = _trigger_of(at, entry["schedule"])

@@ -8,13 +8,14 @@ from billiard.exceptions import TimeLimitExceeded
 from celery.worker import request as celery_request
 from celery.worker import state as worker_state
 
+from llmtasks.worker.gate import Gated
 from llmtasks.worker.request import inner_error
 
 #: Its stubs describe an older Celery.
 _Request: Any = celery_request.Request
 
 
-class OffLedgerRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
+class OffLedgerRequest(Gated, _Request):  # type: ignore[misc]  # Any as a base, see above
     """Celery's request; a child that was ended at its hard limit has its retries too."""
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:

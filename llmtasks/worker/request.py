@@ -19,6 +19,7 @@ from llmtasks.holding import LEDGER_PAUSE, owner_of
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import cancelling, outbox, rescue, runs
 from llmtasks.store.runs import NewRun
+from llmtasks.worker.gate import Gated
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ AFTER_HARD_LIMIT = timedelta(seconds=1)
 _Request: Any = celery_request.Request
 
 
-class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
+class RunRequest(Gated, _Request):  # type: ignore[misc]  # Any as a base, see above
     """Writes ends to the ledger and acknowledges; tells Celery nothing itself: that is for a child, by replay."""
 
     #: It expired, but its run was begun before: the claim decides what its message is good for.

@@ -36,7 +36,7 @@ def configured(x: int, y: int) -> float:
     return x / y
 
 
-@task_registry.register(name="plain", ledger="off", ignore_result=True)
+@task_registry.register(name="plain", ledger="off", max_concurrency=20, ignore_result=True)
 async def plain(doc_id: str) -> int:
     return len(doc_id)
 

@@ -78,6 +78,8 @@ def test_limits_of_celery_are_taken_as_they_are() -> None:
         ({"priority": 11}, "priority=11: expected"),
         ({"priority": "high"}, "priority='high': expected"),
         ({"max_instances": 0}, "max_instances=0: expected a whole number from 1"),
+        ({"max_concurrency": 0}, "max_concurrency=0: expected a whole number from 1"),
+        ({"max_concurrency": 1.5}, "max_concurrency=1.5: expected a whole number"),
         ({"misfire": "never"}, "misfire='never': expected one of 'once', 'skip', 'all'"),
         ({"misfire_grace": -1}, "misfire_grace=-1: expected a number from 0"),
         (
