@@ -13,6 +13,7 @@ from llmtasks.changes import OPTION_NAMES, begun, check_movable, paused, resumed
 from llmtasks.checks import check_text, check_whole
 from llmtasks.dispatch import run_of, station
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
+from llmtasks.pausing import Pausing
 from llmtasks.plan import Plan, rich
 from llmtasks.registry import task_registry
 from llmtasks.states import ScheduleState
@@ -28,7 +29,7 @@ Tasks: TypeAlias = "list[Task]"
 
 
 @dataclass(kw_only=True, eq=False)
-class Task(Plan):
+class Task(Plan, Pausing):
     """One stored schedule. Nothing is stored before ``save``; the state and the times are what the last call read.
 
     What talks to the database has two names: ``save`` is for code on an event loop, ``save_sync`` for the rest.

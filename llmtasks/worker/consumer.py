@@ -15,6 +15,7 @@ from celery.worker.state import active_requests, maybe_shutdown
 
 from llmtasks import sender
 from llmtasks.worker.gate import Gate, Limits
+from llmtasks.worker.pauses import Pauses
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class RunConsumer(Consumer):
     class Blueprint(_Blueprint):  # type: ignore[misc]  # Any as a base, see above
         """The steps of Celery's consumer, and ours."""
 
-        default_steps = (*_Blueprint.default_steps, Limits)
+        default_steps = (*_Blueprint.default_steps, Limits, Pauses)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
