@@ -46,17 +46,20 @@ class RunConsumer(Consumer):
 
     def stop(self) -> None:
         """The worker ends: it gives back what waits in it at once, before it waits for what runs."""
-        self.gate.close()
+        self.gate.is_open = False
+        super().stop()
+        # Now that it does not consume any more: RabbitMQ would send it what it gives back.
+        self.gate.give_back()
         celerys: Any = self
         if celerys.hub is not None:  # it would run what goes back only when the pool has drained
             run_ready: Callable[[Any], None] = vars(prefork)["_run_ready_callbacks"]
             run_ready(celerys.hub)
-        super().stop()
 
     def on_close(self) -> None:
-        """The connection is gone: what was fetched and not begun is the broker's again."""
+        """The connection is gone, and what was fetched and not begun is the broker's again; or the worker ends."""
         super().on_close()
-        self.gate.forget()
+        if self.gate.is_open:
+            self.gate.forget()
 
     def add_task_queue(
         self, queue: Any, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None, **options: Any

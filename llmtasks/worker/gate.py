@@ -93,7 +93,8 @@ class Gate:
         #: More than may wait here.
         self._excess: deque[tuple[Any, Any]] = deque()
         self._held = 0
-        self._is_open = True
+        #: Whether what waits may still start.
+        self.is_open = True
 
     def enter(self, request: Any) -> None:
         """Hand a request to the pool, now or when there is a place for its function."""
@@ -131,7 +132,7 @@ class Gate:
             line.is_moving = True
         while True:
             with self._lock:
-                if not (self._is_open and line.waiting and len(line.running) < line.limit):
+                if not (self.is_open and line.waiting and len(line.running) < line.limit):
                     line.is_moving = False
                     return
                 request, quality = line.waiting.popleft()
@@ -153,10 +154,9 @@ class Gate:
                 self._fetch_one_less(quality)
         _give_back(request for request, _ in excess)
 
-    def close(self) -> None:
-        """The worker takes no more: give back what waits, start nothing."""
+    def give_back(self) -> None:
+        """Give back to the broker what waits here."""
         with self._lock:
-            self._is_open = False
             waiting = [request for line in self._lines.values() for request, _ in line.waiting]
             self._forget_waiting()
         self.give_back_excess()
