@@ -30,8 +30,8 @@ imports = ["llmtasks.install", *filter(None, os.environ.get("LLMTASKS_IMPORTS", 
 beat_scheduler = "llmtasks"
 beat_enable_remote_control = True
 worker_consumer = "llmtasks.worker.consumer:RunConsumer"
-# LLMTASKS_POOL: asyncio, prefork or threads.
-worker_pool = pool()
+# asyncio, prefork or threads.
+worker_pool = pool(os.environ.get("LLMTASKS_POOL", "asyncio"))
 worker_concurrency = TaskDefaults.read(TASK_CONFIG).concurrency(worker_pool)
 worker_prefetch_multiplier = 1
 # Start hooks may take so many seconds in a prefork child that replaces another; Celery's 4 are for importing modules.

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
+from typing import Any, Final
 
 from llmtasks.errors import InvalidOptionError, InvalidTriggerError
 from llmtasks.triggers import Once
+
+#: What only the ledger can do.
+NEEDS_LEDGER: Final = (
+    "max_instances", "unique", "interval_minutes", "schedule", "on_failure", "on_success", "redact",
+)  # fmt: skip
 
 
 def check_text(option: str, value: object, expected: str) -> None:
@@ -73,3 +79,18 @@ def instant_of(option: str, value: object) -> datetime:
         return Once(value).at
     except InvalidTriggerError as error:
         raise InvalidTriggerError(str(error).replace("at=", f"{option}=", 1)) from None
+
+
+def check_ledger(values: Mapping[str, Any]) -> None:
+    """Check that nothing is asked for that only the ledger can do where it is off.
+
+    Raises:
+        InvalidOptionError: Something is; it names both options.
+    """
+    if values["ledger"] not in ("on", "off"):
+        raise InvalidOptionError("ledger", values["ledger"], "'on' or 'off'")
+    for name in NEEDS_LEDGER:
+        if values["ledger"] == "off" and values[name]:
+            raise InvalidOptionError(
+                "ledger", "off", f"'on' together with {name}={values[name]!r}", f"Only the ledger keeps {name}."
+            )

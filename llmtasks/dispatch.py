@@ -204,7 +204,7 @@ def publish(at: Station, messages: list[Message]) -> None:
     if not messages:
         return
     with fork_gate.entered():
-        handed = {item.run_id for item in messages if sender.is_handed(item)}
+        handed = {item.run_id for item in messages if sender.is_handed(at.app, item)}
         # A plain Celery task would not be told its end, it would run.
         idle = [item for item in messages if item.delivers and item.run_id in handed]
         faults = sender.publish(at.app, [item for item in messages if item not in idle])

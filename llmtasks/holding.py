@@ -11,20 +11,16 @@ import atexit
 import logging
 import os
 import signal
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final, TypeVar
-
-from billiard import current_process
 
 from llmtasks.bridge import Body, NotYours, in_thread
 from llmtasks.dispatch import Station, relay
 from llmtasks.errors import DatabaseUnavailableError, LLMTasksError, SchemaOutdatedError
+from llmtasks.owner import in_pool_child, owner_of
 from llmtasks.states import RunState
 from llmtasks.store import ends, held
 from llmtasks.store.claims import Claim
@@ -36,9 +32,6 @@ T = TypeVar("T")
 
 #: The longest wait between two tries to reach the ledger.
 LEDGER_PAUSE: Final = 1.0
-
-#: Made once before any fork, so that the main process knows how its children call themselves.
-BOOT_ID: Final = f"{socket.gethostname()[:40]}/{uuid.uuid4().hex[:12]}"
 
 
 class Cancelled(asyncio.CancelledError):
@@ -62,21 +55,6 @@ class Hold:
     ended: RunState | None = None
     cpu_seconds: float | None = None
     peak_memory: int | None = None
-
-
-def owner_of(pid: int | None = None) -> str:
-    """The owner's name of a process of this worker."""
-    return _owner_of(pid or os.getpid())
-
-
-@lru_cache(maxsize=64)
-def _owner_of(pid: int) -> str:
-    return f"{BOOT_ID}/{pid}"
-
-
-def in_pool_child() -> bool:
-    """Whether this process is a child of the prefork pool, which may be ended without ending the worker."""
-    return bool(current_process().name != "MainProcess")
 
 
 def hold_of(request: Any) -> Hold | None:
@@ -115,6 +93,8 @@ class Holdings:
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._held: dict[str, Hold] = {}
+        #: Runs of functions whose ledger is off: nothing stamps them.
+        self._lent: dict[str, Body] = {}
         self._delivered: list[tuple[Station, Delivered]] = []
         self._thread: threading.Thread | None = None
 
@@ -144,8 +124,24 @@ class Holdings:
         """Raise ``error`` inside the coroutine of a held run, if it runs."""
         with self._lock:
             hold = self._held.get(run_id)
-            if hold is not None and hold.calling:
-                hold.body.interrupt(error)
+            body = self._lent.get(run_id) if hold is None else hold.body if hold.calling else None
+            if body is not None:
+                body.interrupt(error)
+
+    def lend(self, run_id: str, body: Body) -> None:
+        """A function whose ledger is off begins: until it is taken back, its run can be interrupted."""
+        self._lent[run_id] = body
+
+    def take_back(self, run_id: str, body: Body) -> None:
+        """It has ended."""
+        if self._lent.get(run_id) is body:
+            del self._lent[run_id]
+
+    @property
+    def calls(self) -> bool:
+        """Whether a function runs in this process."""
+        with self._lock:
+            return bool(self._lent) or any(hold.calling for hold in self._held.values())
 
     def set_calling(self, hold: Hold, calling: bool) -> None:
         """The function of a held run begins or has ended.
@@ -173,8 +169,9 @@ class Holdings:
             for hold in held_now:
                 hold.lost = True
             stopping = [hold for hold in held_now if hold.calling and hold.body.interrupt(NotYours(why))]
+            lent = {run_id for run_id, body in list(self._lent.items()) if body.interrupt(NotYours(why))}
         deadline = time.monotonic() + patience
-        while any(hold.calling for hold in stopping) and time.monotonic() < deadline:
+        while (any(hold.calling for hold in stopping) or lent & {*self._lent}) and time.monotonic() < deadline:
             time.sleep(0.01)
         return held_now
 

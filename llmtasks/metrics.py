@@ -31,7 +31,7 @@ from typing import Any, Final, TypeVar
 from llmtasks.attempt.calling import decorate_later, hold_here, is_task
 from llmtasks.bridge import name_of
 from llmtasks.errors import ConfigurationError
-from llmtasks.holding import in_pool_child
+from llmtasks.owner import in_pool_child
 
 logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])

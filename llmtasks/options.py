@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from llmtasks.checks import check_number, check_text, check_whole
+from llmtasks.checks import check_ledger, check_number, check_text, check_whole
 from llmtasks.errors import InvalidOptionError, nearest
 from llmtasks.policies import DEFAULT_MISFIRE_GRACE, Misfire, Overlap, check_bounds, check_policies, seconds_of
 from llmtasks.settings import TaskDefaults
@@ -76,6 +76,7 @@ class TaskOptions:
         timeout: Seconds that one attempt may take.
         priority: 1 (first) to 10 (last).
         max_instances: How many runs of this function may run at once, over all workers.
+        max_concurrency: How many runs of this function may run at once in one worker; the others wait in it.
         overlap: What happens to an instant that comes while another run of the schedule is unfinished.
         misfire: What happens to instants that nobody could dispatch in time.
         misfire_grace: Seconds after which an instant counts as missed.
@@ -92,6 +93,7 @@ class TaskOptions:
         on_failure: Called with (run, error) after the last attempt failed.
         on_success: Called with (run, result) after an attempt succeeded.
         redact: Names of parameters whose values the ledger hides once the run is over.
+        ledger: "off" runs it as a plain Celery task, of which no database hears.
         celery: Celery's own task options.
     """
 
@@ -105,6 +107,7 @@ class TaskOptions:
     timeout: float | None = None
     priority: int = DEFAULT_PRIORITY
     max_instances: int | None = None
+    max_concurrency: int | None = None
     overlap: str = Overlap.SKIP
     misfire: str = Misfire.ONCE
     misfire_grace: float = DEFAULT_MISFIRE_GRACE
@@ -121,6 +124,7 @@ class TaskOptions:
     on_failure: Callable[..., Any] | None = None
     on_success: Callable[..., Any] | None = None
     redact: tuple[str, ...] = ()
+    ledger: str = "on"
     celery: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,6 +147,7 @@ class TaskOptions:
                     name, given[name], "a value only together with interval_minutes or schedule", "A Task has its own."
                 )
         rule_of(given)
+        check_ledger(given)
         begin, end = check_bounds(given["starts_at"], given["ends_at"])
         checked = {"redact": tuple(names), "misfire_window": seconds_of(self.misfire_window)}
         for name, value in {**checked, "starts_at": begin, "ends_at": end}.items():
@@ -258,7 +263,8 @@ def check_schedule_options(values: Mapping[str, Any]) -> None:
     check_number("timeout", values.get("timeout"), above=0)
     check_whole("max_retries", values.get("max_retries"), 0, None)
     check_whole("priority", values.get("priority"), 1, 10)
-    check_whole("max_instances", values.get("max_instances"), 1, None)
+    for name in ("max_instances", "max_concurrency"):
+        check_whole(name, values.get(name), 1, None)
     check_policies(values)
     queue = values.get("queue")
     if queue is not None:

@@ -160,6 +160,10 @@ def check_params(func_name: str, params: object) -> None:
         InvalidParamsError: The parameters do not fit; the error names the function's signature.
     """
     function = task_registry.function(func_name)
+    if task_registry.options(func_name).ledger == "off":
+        raise InvalidOptionError(
+            "func_name", func_name, "a function whose runs are in the ledger", "It is registered with ledger='off'."
+        )
     takes_self = bool(task_registry.options(func_name).celery.get("bind"))
     if not isinstance(params, dict) or not all(isinstance(name, str) for name in params):
         raise InvalidParamsError(f"params={params!r}: expected a dict of the function's parameters by name")

@@ -31,6 +31,7 @@ class RegisterOptions(TypedDict, total=False):
     timeout: float | None
     priority: int
     max_instances: int | None
+    max_concurrency: int | None
     overlap: Literal["skip", "queue_one", "allow", "cancel_running"]
     misfire: Literal["once", "skip", "all"]
     misfire_grace: float
@@ -47,6 +48,7 @@ class RegisterOptions(TypedDict, total=False):
     on_failure: Callable[[Run, Any], object] | None
     on_success: Callable[[Run, Any], object] | None
     redact: Iterable[str]
+    ledger: Literal["on", "off"]
     # Celery's own task options.
     acks_late: Literal[True]
     autoretry_for: tuple[type[BaseException], ...]

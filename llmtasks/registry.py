@@ -20,6 +20,7 @@ from llmtasks.errors import (
     UnknownTaskFunctionError,
 )
 from llmtasks.identity import check_identity, unique_of
+from llmtasks.off_ledger import OffLedgerTask
 from llmtasks.options import TaskOptions
 from llmtasks.registered import (
     BoundTaskDecorator,
@@ -181,14 +182,14 @@ class TaskRegistry:
 
 
 def _celery_task(function: Callable[..., Any], options: TaskOptions) -> Any:
-    """The function as a shared Celery task of class RunTask."""
+    """The function as a shared Celery task of our class."""
     takes_self = bool(options.celery.get("bind"))
     parameters = tuple(inspect.signature(function).parameters)
     # The tracer runs the wrapper; Celery reads name, module and documentation off it as if it were the function.
     run = functools.wraps(function)(body_of(function))
     # At run time this is Celery's Proxy; the protocols say what it can do, with the function's own types.
     return _shared_task(
-        base=RunTask,
+        base=OffLedgerTask if options.ledger == "off" else RunTask,
         options=options,
         function=staticmethod(function),
         parameters=parameters[1:] if takes_self else parameters,

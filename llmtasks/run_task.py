@@ -30,6 +30,8 @@ class RunTask(SentTask):
     Request = "llmtasks.worker.request:RunRequest"
     acks_late = True
     #: Set by the registry on each task's own class.
+    #: Whether the ledger has its runs.
+    is_recorded: ClassVar[bool] = True
     parameters: ClassVar[tuple[str, ...]]
     #: What ``track_started`` asked for; the attempt does it, after the claim.
     says_started: ClassVar[bool | None] = None

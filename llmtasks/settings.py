@@ -86,13 +86,12 @@ class TaskDefaults:
         return self.max_workers
 
 
-def worker_pool(environ: Mapping[str, str] | None = None) -> str:
-    """Celery's ``worker_pool`` for the environment's LLMTASKS_POOL.
+def worker_pool(named: str) -> str:
+    """Celery's ``worker_pool`` for a name of `POOLS`.
 
     Raises:
         InvalidOptionError: There is no such pool.
     """
-    named = (os.environ if environ is None else environ).get("LLMTASKS_POOL") or "asyncio"
     if named not in POOLS:
         raise InvalidOptionError("LLMTASKS_POOL", named, " or ".join(map(repr, POOLS)))
     return POOLS[named]

@@ -13,7 +13,7 @@ class RunState(StrEnum):
     PENDING = "pending"
     #: The broker has its message.
     QUEUED = "queued"
-    #: No slot was free; it starts when one is handed to it.
+    #: No slot was free, or its function is paused; it starts when one is handed to it, or when the function is resumed.
     WAITING = "waiting"
     #: A worker holds it.
     RUNNING = "running"
@@ -32,6 +32,15 @@ class RunState(StrEnum):
     def is_final(self) -> bool:
         """Whether no other state can follow."""
         return self in ENDED
+
+
+class PauseKind(StrEnum):
+    """What is paused in the whole cluster."""
+
+    #: No attempt of it starts.
+    FUNCTION = "function"
+    #: No worker consumes it.
+    QUEUE = "queue"
 
 
 class ScheduleState(StrEnum):

@@ -13,6 +13,7 @@ from llmtasks.changes import OPTION_NAMES, check_movable, paused, resumed, upcom
 from llmtasks.checks import check_text, check_whole
 from llmtasks.dispatch import run_of, station
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
+from llmtasks.pausing import Pausing
 from llmtasks.plan import rich
 from llmtasks.registry import task_registry
 from llmtasks.saving import SavedPlan
@@ -27,7 +28,7 @@ Runs: TypeAlias = list[Run]
 Tasks: TypeAlias = "list[Task]"
 
 
-class Task(SavedPlan):
+class Task(SavedPlan, Pausing):
     """One stored schedule. Nothing is stored before ``save``; the state and the times are what the last call read.
 
     What talks to the database has two names: ``save`` is for code on an event loop, ``save_sync`` for the rest.

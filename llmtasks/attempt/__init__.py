@@ -14,6 +14,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from llmtasks.attempt.calling import call, call_body, current, hold_here, install_soft_limit
 from llmtasks.attempt.claiming import claim_run, name_links
 from llmtasks.attempt.finishing import again, fail_for_good, failed, finish, line_of, replaced, succeeded
+from llmtasks.attempt.off_ledger import run_off_ledger
 from llmtasks.attempt.telling import after_return, let_go, replay, say_started, tell_cancelled
 from llmtasks.bridge import NotYours
 from llmtasks.holding import Cancelled, Hold, hold_of, holdings
@@ -21,7 +22,17 @@ from llmtasks.options import TaskOptions
 from llmtasks.states import ENDED, RunState
 from llmtasks.store.ends import End
 
-__all__ = ["after_return", "call_body", "current", "hold_of", "is_telling", "let_go", "replaced", "run_attempt"]
+__all__ = [
+    "after_return",
+    "call_body",
+    "current",
+    "hold_of",
+    "is_telling",
+    "let_go",
+    "replaced",
+    "run_attempt",
+    "run_off_ledger",
+]
 
 
 def run_attempt(task: Any, options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

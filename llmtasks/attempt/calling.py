@@ -19,7 +19,8 @@ from celery.local import Proxy
 
 from llmtasks import bridge
 from llmtasks.bridge import Body
-from llmtasks.holding import Hold, hold_of, holdings, in_pool_child
+from llmtasks.holding import Hold, hold_of, holdings
+from llmtasks.owner import in_pool_child
 
 
 class _Current(threading.local):
@@ -44,8 +45,17 @@ def call(task: Any, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     hold.body.is_async = inspect.iscoroutinefunction(getattr(task, "function", None))
     try:
         holdings.set_calling(hold, True)
-        hold.body.started = time.monotonic()
-        current.body = current.untaken = hold.body
+        return call_function(task, hold.body, args, kwargs)
+    finally:
+        holdings.set_calling(hold, False)
+
+
+def call_function(task: Any, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the function with the handle by which others interrupt it. Raises as ``call`` does."""
+    body.is_async = inspect.iscoroutinefunction(getattr(task, "function", None))
+    try:
+        body.started = time.monotonic()
+        current.body = current.untaken = body
         return task.run(*args, **kwargs)
     except BaseException as error:
         if isinstance(error, Exception | asyncio.CancelledError) or in_pool_child():
@@ -53,7 +63,6 @@ def call(task: Any, hold: Hold, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise WorkerLostError(f"the function raised {error!r}, which would have ended its worker") from error
     finally:
         current.body = current.untaken = None
-        holdings.set_calling(hold, False)
 
 
 def call_body(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,11 +13,13 @@ from llmtasks import bridge, sender
 from llmtasks.attempt.writer import writer_for
 from llmtasks.bridge import Body
 from llmtasks.dispatch import station
-from llmtasks.holding import Hold, holdings, owner_of, persist
+from llmtasks.holding import Hold, holdings, persist
+from llmtasks.known_pauses import known_pauses
 from llmtasks.options import TaskOptions
+from llmtasks.owner import owner_of
 from llmtasks.policies import JITTERED, may_wait
-from llmtasks.states import ENDED, RunState
-from llmtasks.store import claims, schedules
+from llmtasks.states import ENDED, PauseKind, RunState
+from llmtasks.store import claims, pauses, schedules, slots
 from llmtasks.store.claims import Claim, Offer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
     def take() -> tuple[Claim | None, str | None]:
         now = at.database.now()
         silent_since = now - at.settings.lease_time
-        if tracer is None:
+        if tracer is None and not may_be_paused:
             with at.database.lone() as lone:
                 found = claims.claim_slotless(lone, offer, now, silent_since)
             if found is not None:
@@ -61,15 +63,20 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
             found = claims.claim(tx, offer, now, silent_since)
             if found is None or found.state in ENDED:
                 return found, None
+            pause = pauses.get(tx, at.name, PauseKind.FUNCTION, task.name) if may_be_paused else None
+            if pause is not None:
+                slots.free(tx, found.id, now)
+                claims.put_aside(tx, found, RunState.WAITING, str(pause), now)
+                return found, str(pause)
             full = claims.take_slots(tx, at.name, task.name, found, now)
             if full is not None:
                 state = RunState.SKIPPED if _may_skip(tx, found) else RunState.WAITING
                 claims.put_aside(tx, found, state, full, now)
             return found, full
 
-    tracer = bridge.tracer_here()
+    tracer, may_be_paused = bridge.tracer_here(), known_pauses.may_hold_up(at, task.name)
     claim, full = None, None
-    if tracer is not None and offer.function_slots is None:
+    if tracer is not None and offer.function_slots is None and not may_be_paused:
         claim = tracer.wait_for(writer_for(at).claim(offer))
     if claim is None:
         claim, full = persist(take)

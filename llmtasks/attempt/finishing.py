@@ -74,21 +74,30 @@ def failed(task: Any, options: TaskOptions, hold: Hold, error: Exception, cause:
     """Record a failed attempt: the time of the next one if there is one, else the run's end."""
     claim = hold.claim
     cause.__traceback__ = _of_the_function(cause.__traceback__)
-    final = (
-        getattr(task.request, "llm_final", False)
-        or isinstance(error, (*_tuple(task.throws), *_tuple(options.celery.get("dont_autoretry_for"))))
-        or (claim.max_retries is not None and claim.attempts >= claim.max_retries)
-    )
-    if final:
+    if is_final(task, options, error, claim.attempts, claim.max_retries):
         fail_for_good(task, hold, error, cause)
-    delay = claim.retry_delay
-    if options.retry_backoff:
-        # As Celery's own: from 1 s on, at most retry_backoff_max.
-        delay = backoff_delay(claim.attempts + 1, cap=float(options.celery.get("retry_backoff_max", BACKOFF_MAX)))
+    delay = delay_before(options, claim.attempts, claim.retry_delay)
     # The stub wants numbers.Real, which no float is to a type checker.
     retry: Any = Retry(exc=error, when=cast("Any", delay))
     _finish_retrying(hold, retry, delay, trace=_trace(cause))
     raise retry from cause
+
+
+def is_final(task: Any, options: TaskOptions, error: Exception, attempts: int, max_retries: int | None) -> bool:
+    """Whether a failed attempt is the last, after so many ``attempts`` before it."""
+    return (
+        getattr(task.request, "llm_final", False)
+        or isinstance(error, (*_tuple(task.throws), *_tuple(options.celery.get("dont_autoretry_for"))))
+        or (max_retries is not None and attempts >= max_retries)
+    )
+
+
+def delay_before(options: TaskOptions, attempts: int, retry_delay: float) -> float:
+    """Seconds between a failed attempt, after so many ``attempts`` before it, and the next one."""
+    if not options.retry_backoff:
+        return retry_delay
+    # As Celery's own: from 1 s on, at most retry_backoff_max.
+    return backoff_delay(attempts + 1, cap=float(options.celery.get("retry_backoff_max", BACKOFF_MAX)))
 
 
 def again(task: Any, hold: Hold, retry: Any) -> NoReturn:

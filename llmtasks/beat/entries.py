@@ -66,7 +66,8 @@ def declared_entries(at: Station) -> list[Declared]:
 
 def _declared(at: Station, name: str, entry: Mapping[str, Any]) -> Declared:
     func_name = entry["task"]
-    handed = func_name not in task_registry
+    known = func_name in task_registry
+    handed = not known or task_registry.options(func_name).ledger == "off"
     if name in task_registry and task_registry.options(name).is_scheduled:
         raise ConfigurationError("a registered function's own schedule has this name; rename one")
     trigger, zone = _trigger_of(at, entry["schedule"])
@@ -77,15 +78,15 @@ def _declared(at: Station, name: str, entry: Mapping[str, Any]) -> Declared:
         timezone=zone,
         args=plain(list(entry.get("args") or ()), "args"),
         kwargs=plain(dict(entry.get("kwargs") or {}), "kwargs"),
-        options=_options(at, entry.get("options") or {}, handed=handed),
+        options=_options(at, entry.get("options") or {}, native=not known),
         handed=handed,
     )
 
 
-def _options(at: Station, given: Mapping[str, Any], *, handed: bool) -> dict[str, Any]:
+def _options(at: Station, given: Mapping[str, Any], *, native: bool) -> dict[str, Any]:
     message = {key: value for key, value in given.items() if key in MESSAGE_OPTIONS and value is not None}
     priority, expires = given.get("priority"), given.get("expires")
-    if handed and priority is not None:
+    if native and priority is not None:
         # A plain Celery task's priority is the transport's own number.
         priority = sender.user_priority(at.app, priority)
     check_whole("priority", priority, 1, 10)

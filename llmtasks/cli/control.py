@@ -1,4 +1,4 @@
-"""``run``, ``pause``, ``resume`` and ``cancel``: what an operator does to Tasks and runs."""
+"""``run`` and ``cancel``: what an operator does to Tasks and runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 from llmtasks import sender
 from llmtasks.cli import documents, tables
-from llmtasks.cli.target import may_be_run, station_of, task_like, task_named, user
+from llmtasks.cli.target import may_be_run, station_of, task_named
 from llmtasks.dispatch import Station, cancel_run, dispatch, find_run
 from llmtasks.errors import ForbiddenTransitionError, NotFoundError, nearest
 from llmtasks.plan import check_params
@@ -85,27 +85,6 @@ def run(context: click.Context, target: str, params: dict[str, Any] | None, wait
 
 @click.command()
 @click.argument("target", metavar="ID|NAME")
-@click.option("--by", metavar="NAME", help="Who wants it.  [default: the user of this shell]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_context
-def pause(context: click.Context, target: str, by: str | None, as_json: bool) -> None:
-    """Let a Task fire no more until it is resumed; its runs go on. `why` says who paused it."""
-    station_of(context)
-    _say(task_like(target).pause_sync(by or user()), as_json=as_json)
-
-
-@click.command()
-@click.argument("target", metavar="ID|NAME")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_context
-def resume(context: click.Context, target: str, as_json: bool) -> None:
-    """Let a paused Task fire again, from its next instant on."""
-    station_of(context)
-    _say(task_like(target).resume_sync(), as_json=as_json)
-
-
-@click.command()
-@click.argument("target", metavar="ID|NAME")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def cancel(context: click.Context, target: str, as_json: bool) -> None:
@@ -116,7 +95,7 @@ def cancel(context: click.Context, target: str, as_json: bool) -> None:
     at = station_of(context)
     task = task_named(target)
     if task is not None:
-        _say(task.cancel_sync(_BY), as_json=as_json)
+        say(task.cancel_sync(_BY), as_json=as_json)
         return
     with at.database.reading() as connection:
         before = runs.get(connection, target)
@@ -136,7 +115,8 @@ def cancel(context: click.Context, target: str, as_json: bool) -> None:
         click.echo(f"run {target} is {after.state}: its worker was asked to cancel it")
 
 
-def _say(task: Task, *, as_json: bool) -> None:
+def say(task: Task, *, as_json: bool) -> None:
+    """Print what a Task is now."""
     if as_json:
         tables.print_json({"kind": "task", **documents.task_document(task)})
         return

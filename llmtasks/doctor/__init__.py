@@ -71,6 +71,7 @@ CHECKS: Final = (
     Check(name="cannot-interrupt", ask=living.cannot_interrupt, needs=(DATABASE, BROKER)),
     Check(name="queue-without-consumer", ask=work.queue_without_consumer, needs=(DATABASE, BROKER)),
     Check(name="function-unknown", ask=work.function_unknown, needs=(DATABASE,)),
+    Check(name="paused", ask=work.paused, needs=(DATABASE,)),
     Check(name="schedule-set-aside", ask=work.set_aside, needs=(DATABASE,)),
     Check(name="end-untold", ask=work.end_untold, needs=(DATABASE,)),
 )

@@ -9,7 +9,8 @@ from typing import Final
 from llmtasks import sender
 from llmtasks.doctor.finding import Finding, Severity
 from llmtasks.doctor.patient import Patient
-from llmtasks.store import troubles
+from llmtasks.states import PauseKind
+from llmtasks.store import pauses, troubles
 from llmtasks.wording import counted, listed
 
 #: An end that was sent this often and has not reached Celery is in trouble: the first three take a minute.
@@ -31,7 +32,9 @@ def queue_without_consumer(patient: Patient) -> Iterator[Finding]:
     routed = {sender.queue_of(app, name) for name in patient.functions}
     silent = [worker.name for worker in patient.workers if worker.name not in patient.consumed]
     consumed = frozenset[str]().union(*patient.consumed.values())
-    for queue in sorted({*runs, *filter(None, routed)} - consumed):
+    with patient.at.database.reading() as connection:
+        paused = {pause.name for pause in pauses.find(connection, patient.at.name) if pause.kind is PauseKind.QUEUE}
+    for queue in sorted({*runs, *filter(None, routed)} - consumed - paused):
         messages = sender.queue_length(app, queue)
         if not messages and queue not in runs:
             continue
@@ -69,6 +72,21 @@ def function_unknown(patient: Patient) -> Iterator[Finding]:
                 fix="import the module that registers it where they start (LLMTASKS_IMPORTS, Celery's `imports`), or "
                 "cancel the schedule",
             )
+
+
+def paused(patient: Patient) -> Iterator[Finding]:
+    """No function and no queue is paused."""
+    with patient.at.database.reading() as connection:
+        found = pauses.find(connection, patient.at.name)
+    for pause in found:
+        is_queue = pause.kind is PauseKind.QUEUE
+        yield Finding(
+            code=f"{pause.kind}-paused",
+            severity=Severity.NOTE,
+            found=str(pause),
+            why="No worker consumes it: its messages wait in the broker." if is_queue else "None of its runs starts.",
+            fix=f"`llmtasks resume --{pause.kind} {pause.name}` when the reason is gone",
+        )
 
 
 def set_aside(patient: Patient) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final
 
+import celery
 from celery.app import task as celery_task
 
 from llmtasks.message import Message
@@ -112,8 +113,13 @@ def ignores_result(task: Any, request: Any) -> bool | None:
     return found
 
 
-def is_handed(message: Message) -> bool:
-    """Whether the message is for a plain Celery task of the app's own, of which the ledger hears no more."""
+def is_handed(app: celery.Celery, message: Message) -> bool:
+    """Whether the message is for a plain Celery task, of which the ledger hears no more.
+
+    That is one of the app's own, or a function whose ledger was turned off after the run was opened.
+    """
+    if not getattr(app.tasks.get(message.func_name), "is_recorded", True):
+        return True
     return bool(message.envelope and message.schedule_id and read(message.envelope).get("handed"))
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists,
 
 from llmtasks.message import DELIVER
 from llmtasks.states import ENDED, RunState
-from llmtasks.store import outbox, slots
+from llmtasks.store import outbox, pauses, slots
 from llmtasks.store.columns import UtcDateTime
 from llmtasks.store.rows import runs, state_in, values_of
 
@@ -159,8 +159,8 @@ def start_retries(tx: Connection, app: str, now: datetime) -> list[str]:
 
 
 def promote(tx: Connection, app: str, now: datetime) -> list[str]:
-    """Hand free slots to waiting runs that nobody handed one; returns the ids of those that can go."""
-    handed: list[str] = []
+    """Let waiting runs go on that got a free slot, or whose function is not paused any more; returns their ids."""
+    handed = pauses.release(tx, app, now, BATCH)
     for scope in slots.waiting_scopes(tx, app):
         handed += slots.hand_over(tx, scope, now, limit=BATCH)
     return handed

@@ -25,7 +25,7 @@ from llmtasks.states import RunState
 from llmtasks.store.columns import LongText, UtcDateTime
 
 #: The revision in migrations/versions that creates exactly these tables.
-SCHEMA_VERSION: Final = "0005"
+SCHEMA_VERSION: Final = "0006"
 VERSION_TABLE: Final = "llmtasks_version"
 #: The conditions of partial indexes are in the migrations only: here they would load every dialect at import.
 metadata: Final = MetaData()
@@ -180,6 +180,18 @@ unique: Final = Table(
     #: be cleared when it ends, however that happens.
     Column("run_id", String(255), nullable=False),
     Index("ix_llmtasks_unique_run", "run_id"),
+)
+
+pauses: Final = Table(
+    "llmtasks_pauses",
+    metadata,
+    Column("app", String(100), primary_key=True),
+    #: "function" or "queue".
+    Column("kind", String(10), primary_key=True),
+    Column("name", String(200), primary_key=True),
+    Column("paused_at", UtcDateTime, nullable=False),
+    Column("paused_by", String(200)),
+    Column("reason", LongText),
 )
 
 processes: Final = Table(

@@ -9,7 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, bindparam, delete, select, update
 
 from llmtasks.states import RunState
-from llmtasks.store import outbox
+from llmtasks.store import outbox, pauses
 from llmtasks.store.dialects import PerDialect, insert_if_new
 from llmtasks.store.rows import runs, slots
 
@@ -26,7 +26,7 @@ _PUT: Final = PerDialect(lambda dialect: insert_if_new(slots, dialect).values(_R
 #: Waiting runs of a scope, in line.
 _WAITING: Final = (
     select(runs.c.id, runs.c.app, runs.c.func_name, runs.c.function_slots, runs.c.schedule_id, runs.c.schedule_slots)
-    .where(~runs.c.delivered, runs.c.state == RunState.WAITING)
+    .where(~runs.c.delivered, runs.c.state == RunState.WAITING, ~pauses.IS_PAUSED)
     # Backfilled runs are many and were created together: they let others pass, and go by their instants.
     .order_by(runs.c.priority, runs.c.backfilled, runs.c.created_at, runs.c.scheduled_for, runs.c.id)
     .limit(bindparam("limit"))
@@ -111,7 +111,7 @@ def waiting_scopes(tx: Connection, app: str) -> list[str]:
     """The scopes for which runs of an app wait, in order, so that a keeper can hand over places that nobody did."""
     rows = tx.execute(
         select(runs.c.func_name, runs.c.function_slots, runs.c.schedule_id, runs.c.schedule_slots)
-        .where(runs.c.app == app, ~runs.c.delivered, runs.c.state == RunState.WAITING)
+        .where(runs.c.app == app, ~runs.c.delivered, runs.c.state == RunState.WAITING, ~pauses.IS_PAUSED)
         .distinct()
     )
     found: set[str] = set()

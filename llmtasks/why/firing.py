@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Final
 from zoneinfo import ZoneInfo
 
-from llmtasks.states import LIVE, RunState, ScheduleState
+from llmtasks.states import LIVE, PauseKind, RunState, ScheduleState
 from llmtasks.store import runs, standing
 from llmtasks.store.runs import Run
 from llmtasks.store.schedules import Schedule
@@ -91,6 +91,9 @@ def _but(scene: Scene, schedule: Schedule) -> str:
         return f", but no live worker knows {schedule.func_name!r}"
     if not schedule.handed and not any(schedule.func_name in beat.functions for beat in scene.beats):
         return f", but no live beat knows {schedule.func_name!r}"
+    paused = scene.pause_of(PauseKind.FUNCTION, schedule.func_name)
+    if paused is not None:
+        return f", but {paused}: its runs wait"
     return "" if scene.broker_fault is None else ", but the broker does not answer: its runs wait in the outbox"
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Final
 
 from llmtasks import sender
-from llmtasks.states import RunState
+from llmtasks.states import PauseKind, RunState
 from llmtasks.store import slots, standing
 from llmtasks.store.runs import Run
 from llmtasks.store.standing import Standing
@@ -52,6 +52,9 @@ def queued(scene: Scene, run: Run, stands: Standing) -> Reason:
     messages = scene.messages_in(queue)
     if messages is not None:
         facts.append(Fact(name="messages in the queue", value=str(messages)))
+    paused = scene.pause_of(PauseKind.QUEUE, queue)
+    if paused is not None:
+        return f"it is in queue {queue!r}: {paused}", facts
     if not scene.workers:
         return f"it is in queue {queue!r}, and no worker is alive", facts
     consumers = [name for name, queues in scene.consumed.items() if queue in queues]
@@ -76,7 +79,10 @@ def queued(scene: Scene, run: Run, stands: Standing) -> Reason:
 
 
 def waiting(scene: Scene, run: Run, stands: Standing) -> Reason:
-    """There was no slot."""
+    """There was no slot, or its function is paused."""
+    paused = scene.pause_of(PauseKind.FUNCTION, run.func_name)
+    if paused is not None:
+        return f"{paused}; it starts when somebody resumes that", []
     scopes = slots.scopes(stands.app, run.func_name, stands.function_slots, run.schedule_id, stands.schedule_slots)
     facts: list[Fact] = []
     answer: str | None = None

@@ -9,7 +9,9 @@ from functools import cached_property
 from llmtasks import sender
 from llmtasks.dispatch import Station
 from llmtasks.errors import BrokerUnavailableError
-from llmtasks.store import processes
+from llmtasks.states import PauseKind
+from llmtasks.store import pauses, processes
+from llmtasks.store.pauses import Pause
 from llmtasks.store.processes import Process
 from llmtasks.why.explanation import Fact
 from llmtasks.wording import duration, listed
@@ -56,6 +58,16 @@ class Scene:
             return sender.consumed_queues(self.at.app, [worker.name for worker in self.workers])
         except BrokerUnavailableError:
             return {}
+
+    @cached_property
+    def pauses(self) -> list[Pause]:
+        """What is paused."""
+        with self.at.database.reading() as connection:
+            return pauses.find(connection, self.at.name)
+
+    def pause_of(self, kind: PauseKind, name: str) -> Pause | None:
+        """The pause of a function or a queue; None where it is not paused."""
+        return next((pause for pause in self.pauses if pause.kind is kind and pause.name == name), None)
 
     def messages_in(self, queue: str) -> int | None:
         """How many messages a queue has; None where nobody can say."""

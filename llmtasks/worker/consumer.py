@@ -5,30 +5,61 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any, Final
 
+from celery.concurrency import prefork
 from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer
 from celery.worker.state import active_requests, maybe_shutdown
 
 from llmtasks import sender
+from llmtasks.worker.gate import Gate, Limits
+from llmtasks.worker.pauses import Pauses
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two tries to reach the broker. Celery's own grow to 30 s, longer than most outages.
 RETRY_EVERY: Final = 1.0
 
+#: It has no types.
+_Blueprint: Any = Consumer.Blueprint
+
 
 class RunConsumer(Consumer):
     """Celery's consumer. ``worker_consumer`` names it."""
 
+    class Blueprint(_Blueprint):  # type: ignore[misc]  # Any as a base, see above
+        """The steps of Celery's consumer, and ours."""
+
+        default_steps = (*_Blueprint.default_steps, Limits, Pauses)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         celerys: Any = self
+        self.gate = Gate(self, celerys.on_task_request)
+        celerys.on_task_request = self.gate.enter
         if sender.is_rabbitmq_transport(self.app):
             # RabbitMQ closes a channel on which a run takes longer than its consumer_timeout, and Celery would end the
             # worker (consumer.py:397). A new connection is all that is needed.
             celerys.connection_errors = (*celerys.connection_errors, *celerys.channel_errors)
+
+    def stop(self) -> None:
+        """The worker ends: it gives back what waits in it at once, before it waits for what runs."""
+        self.gate.is_open = False
+        super().stop()
+        # Now that it does not consume any more: RabbitMQ would send it what it gives back.
+        self.gate.give_back()
+        celerys: Any = self
+        if celerys.hub is not None:  # it would run what goes back only when the pool has drained
+            run_ready: Callable[[Any], None] = vars(prefork)["_run_ready_callbacks"]
+            run_ready(celerys.hub)
+
+    def on_close(self) -> None:
+        """The connection is gone, and what was fetched and not begun is the broker's again; or the worker ends."""
+        super().on_close()
+        if self.gate.is_open:
+            self.gate.forget()
 
     def add_task_queue(
         self, queue: Any, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None, **options: Any

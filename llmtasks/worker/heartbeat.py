@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmtasks.dispatch import Station
 from llmtasks.errors import LLMTasksError
-from llmtasks.holding import BOOT_ID
+from llmtasks.owner import BOOT_ID
 from llmtasks.store import processes
 from llmtasks.store.processes import Process
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from llmtasks.dispatch import Station, relay, send
 from llmtasks.errors import LLMTasksError
-from llmtasks.holding import owner_of
+from llmtasks.owner import owner_of
 from llmtasks.store import outbox, rescue
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,12 @@ from celery.worker import state as worker_state
 from llmtasks import sender
 from llmtasks.dispatch import Station, relay, station
 from llmtasks.errors import LLMTasksError
-from llmtasks.holding import LEDGER_PAUSE, owner_of
+from llmtasks.holding import LEDGER_PAUSE
+from llmtasks.owner import owner_of
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import cancelling, outbox, rescue, runs
 from llmtasks.store.runs import NewRun
+from llmtasks.worker.gate import Gated
 from llmtasks.worker.release import put_back
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ AFTER_HARD_LIMIT = timedelta(seconds=1)
 _Request: Any = celery_request.Request
 
 
-class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
+class RunRequest(Gated, _Request):  # type: ignore[misc]  # Any as a base, see above
     """Writes ends to the ledger and acknowledges; tells Celery nothing itself: that is for a child, by replay."""
 
     #: It expired, but its run was begun before: the claim decides what its message is good for.
@@ -47,13 +49,13 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """A child died (lost, hard limit, sys.exit): end its attempt in the ledger. Other failures are the tracer's."""
-        error = _inner(exc_info)
+        error = inner_error(exc_info)
         died = isinstance(error, WorkerLostError | TimeLimitExceeded | SystemExit | KeyboardInterrupt)
         if return_ok or not died or self._already_cancelled or self._already_revoked or worker_state.should_terminate:
             return super().on_failure(exc_info, send_failed_event, return_ok)
         worker_state.task_ready(self)
         if isinstance(error, SystemExit | KeyboardInterrupt):
-            error = _inner(self._worker_lost_info(error))
+            error = inner_error(self._worker_lost_info(error))
         try:
             self._end_attempt(error)
         except LLMTasksError as away:
@@ -191,7 +193,7 @@ class RunRequest(_Request):  # type: ignore[misc]  # Any as a base, see above
         )
 
 
-def _inner(exc_info: Any) -> Exception:
+def inner_error(exc_info: Any) -> Exception:
     """The error itself, out of billiard's ExceptionWithTraceback."""
     found: Exception = getattr(exc_info.exception, "exc", exc_info.exception)
     return found

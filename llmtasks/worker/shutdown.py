@@ -59,13 +59,14 @@ class Grace:
 
     def _end(self, seconds: float) -> None:
         logger.warning("runs still go on %s s after the shutdown began: they are put back for another worker", seconds)
+        here = holdings.calls
         holds = holdings.give_up("the worker shuts down", station(self._consumer.app).settings.lease * TIDY_UP)
         for hold in holds:
             put_back(hold.station, hold.claim.id)
-        if not holds:
-            os.kill(os.getpid(), signal.SIGQUIT)  # Celery's cold shutdown: what runs is in children, and they end
-        elif any(hold.calling for hold in holds):
+        if holdings.calls:
             self._end_process()
+        elif not holds and not here:
+            os.kill(os.getpid(), signal.SIGQUIT)  # Celery's cold shutdown: what runs is in children, and they end
 
     def _end_process(self) -> None:
         """End without the threads that do not return; what was fetched and not started goes back to the broker."""

@@ -11,8 +11,9 @@ from llmtasks import attempt, lifespan
 from llmtasks.bridge import loops
 from llmtasks.dispatch import station
 from llmtasks.errors import DatabaseUnavailableError, SchemaOutdatedError
-from llmtasks.holding import holdings, in_pool_child
+from llmtasks.holding import holdings
 from llmtasks.keeper import Keeper
+from llmtasks.owner import in_pool_child
 from llmtasks.redis_options import STOCK_VISIBILITY, needs_stock
 from llmtasks.run_task import RunTask
 from llmtasks.sender import missing_socket_advice

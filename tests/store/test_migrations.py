@@ -10,9 +10,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import event, exc, inspect, text
 
-from llmtasks.states import RunState
-from llmtasks.store import outbox, overlaps, rows, runs, schedules, uniqueness
+from llmtasks.states import PauseKind, RunState
+from llmtasks.store import outbox, overlaps, pauses, rows, runs, schedules, uniqueness
 from llmtasks.store.database import Database
+from llmtasks.store.pauses import Pause
 from llmtasks.uniqueness import Unique, rule_of
 from tests.conftest import DATABASES, SERVERS, empty_database, on, parameters
 from tests.store.rows_of import APP, NOW, held, new_run, opened, owed, schedule
@@ -270,3 +271,19 @@ def test_migration_drops_no_row(database: Database) -> None:
         database.migrate()
 
     assert owed(database) == {"a": "run"}
+
+
+def test_pauses_come_and_go_beside_the_runs(database: Database) -> None:
+    """The step to version 0006 and the one back leave runs as they are; the pauses go with their table."""
+    opened(database, new_run("a"))
+    with database.transaction() as tx:
+        pauses.put(tx, APP, Pause(kind=PauseKind.QUEUE, name="q" * 200, paused_at=NOW, reason="x" * 200))
+
+    database.migrate("0005")
+    assert "llmtasks_pauses" not in tables(database)
+    database.migrate()
+
+    assert owed(database) == {"a": "run"}
+    with database.transaction() as tx:
+        assert pauses.find(tx, APP) == []
+        assert pauses.put(tx, APP, Pause(kind=PauseKind.FUNCTION, name="f", paused_at=NOW)).paused_at == NOW

@@ -340,7 +340,7 @@ def test_keepers_do_not_read_what_is_over(database: Database) -> None:
         outbox.take_due(tx, APP, NOW, NOW, 10)
         event.remove(tx, "before_cursor_execute", note)
 
-        assert len(seen) == 6
+        assert len(seen) == 7
         for statement, parameters in seen:
             plan = plan_of(tx, statement, parameters)
             assert "llmtasks_runs" not in plan.scanned, (statement, plan)

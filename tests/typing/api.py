@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, assert_type
 import llmtasks
 from llmtasks import Run, Task, retry_with_backoff, task_registry
 from llmtasks.states import RunState
+from llmtasks.store.pauses import Pause
 
 if TYPE_CHECKING:
     from llmtasks.result import RunResult  # noqa: F401  # in quotes below
@@ -34,6 +35,22 @@ async def keywords(doc_id: str, *, pages: int = 1) -> list[str]:
 @task_registry.register(name="config", config={"timeout": 1800, "max_retries": 5})
 def configured(x: int, y: int) -> float:
     return x / y
+
+
+@task_registry.register(name="plain", ledger="off", max_concurrency=20, ignore_result=True)
+async def plain(doc_id: str) -> int:
+    return len(doc_id)
+
+
+task_registry.register(name="ledger", ledger="never")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+
+
+async def pausing() -> None:
+    assert_type(await Task.pause_function("plain", by="ops", reason="why"), Pause)
+    assert_type(Task.pause_queue_sync("mail"), Pause)
+    assert_type(await Task.resume_function("plain"), "Pause | None")
+    assert_type(await Task.pauses(), "list[Pause]")
+    Task.resume_queue_sync(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 @task_registry.register(name="bound", bind=True)

@@ -164,7 +164,13 @@ def test_task_config_sets_the_defaults() -> None:
         0.5,
     )
     assert TaskDefaults().concurrency("prefork") == 4
-    assert TaskDefaults().concurrency(worker_pool({"LLMTASKS_POOL": "asyncio"})) == 1000
+    assert TaskDefaults().concurrency(worker_pool("asyncio")) == 1000
+
+
+def test_unknown_pool_is_named() -> None:
+    """The error says what was given and which pools there are."""
+    with pytest.raises(InvalidOptionError, match=r"LLMTASKS_POOL='gevent': expected 'asyncio' or 'prefork'"):
+        worker_pool("gevent")
 
 
 def test_socket_of_a_deep_directory_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
