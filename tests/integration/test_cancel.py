@@ -176,6 +176,7 @@ def test_error_while_tidying_up_leaves_the_run_cancelled(tasks: Any, ledger: Led
     assert (run.state, run.reason, run.error) == (RunState.CANCELLED, "enough", "OSError: cannot tidy up")
 
 
+@pytest.mark.parametrize("pool", ["prefork"], indirect=True)
 def test_running_sync_function_is_ended_with_its_process(tasks: Any, ledger: Ledger) -> None:
     """On prefork the child is ended, the run is not tried again, and the pool goes on."""
     result = tasks["sleeps_sync"].delay("sync")

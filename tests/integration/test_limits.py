@@ -140,7 +140,15 @@ def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Pro
         yield project
 
 
-@pytest.mark.parametrize("name", ["awaits", "blocks", "works"])
+#: What computes, or blocks its loop, can be interrupted by a signal only.
+ON_PREFORK = pytest.mark.parametrize("pool", ["prefork"], indirect=True)
+
+
+@pytest.mark.parametrize(
+    ("pool", "name"),
+    [("asyncio", "awaits"), ("prefork", "awaits"), ("prefork", "blocks"), ("prefork", "works")],
+    indirect=["pool"],
+)
 def test_function_is_told_that_its_time_is_up(name: str, tasks: Any, ledger: Ledger) -> None:
     """SoftTimeLimitExceeded is raised inside the function, which may catch it, however it spends its time."""
     result = tasks[name].delay(name)
@@ -194,6 +202,7 @@ def test_limit_leaves_the_loop_of_its_process_in_order(tasks: Any) -> None:
     wait_until(lambda: [tasks["hello"].delay().get(timeout=60) for _ in range(4)] == ["hello"] * 4, 60)
 
 
+@ON_PREFORK
 def test_function_that_does_not_listen_is_ended_by_force(tasks: Any, ledger: Ledger) -> None:
     """The hard limit ends the process; the attempt counts, the next one follows, and the last one's error is told."""
     result = tasks["deaf"].delay("deaf")
