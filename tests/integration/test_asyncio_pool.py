@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from billiard.exceptions import TimeLimitExceeded
-from celery.result import AsyncResult
 
 from llmtasks.states import RunState
 from tests.ledger import QUICK, Ledger, project_with
@@ -18,6 +18,7 @@ from tests.waiting import wait_until
 TASKS = """
     import asyncio
     import contextvars
+    import gc
     import os
     import random
     import threading
@@ -123,6 +124,12 @@ TASKS = """
             await (await add.adelay(1, "x")).aget(timeout=30)
         except TypeError as error:
             return str(error)
+
+
+    @task_registry.register(name="objects", max_retries=0)
+    def objects():
+        gc.collect()
+        return len(gc.get_objects())
 
 
     @task_registry.register(name="leaves", max_retries=0)
@@ -343,40 +350,38 @@ def test_beat_inside_the_worker(project: Project, ledger: Ledger) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("worker")
-def test_memory_stays_flat(project: Project, tasks: Any, worker: CeleryProcess) -> None:
-    """Thousands of runs, failing and cancelled ones among them, leave nothing behind in the worker."""
-    import psutil
-
+def test_ten_thousand_runs_leave_nothing_behind(project: Project, tasks: Any, worker: CeleryProcess) -> None:
+    """After thousands of runs, failed and cancelled ones among them, the worker has no more objects than before."""
     process = psutil.Process(worker.pid)
 
     def burst(count: int) -> None:
         sums = tasks["add"].map_delay([(number, 1) for number in range(count)])
-        fails = tasks["add"].map_delay([(number, "x") for number in range(count // 10)])
-        doomed = [tasks["passes"].delay("never") for _ in range(count // 20)]
-        for result in sums:
-            result.get(timeout=120)
-        for result in doomed:
-            project.app.control.revoke(result.id, terminate=True)
-        for result in [*fails, *doomed]:
-            wait_until(lambda result=result: AsyncResult(result.id).ready(), 60, "it ended")
+        fails = tasks["add"].map_delay([(number, "x") for number in range(count // 20)])
+        doomed = tasks["passes"].map_delay(["never"] * (count // 50))
+        wait_until(lambda: _stats(project)["pool"]["running"] == len(doomed), 60, "only those that wait are running")
+        project.app.control.revoke([result.id for result in doomed], terminate=True)
+        for result in [*sums[-20:], *fails, *doomed]:
+            wait_until(result.ready, 60, "it ended")
+        wait_until(lambda: _stats(project)["pool"]["running"] == 0, 30, "nothing runs")
 
-    burst(1000)
-    before = process.memory_info().rss
     for _ in range(3):
         burst(1000)
+    objects, memory = tasks["objects"].delay().get(timeout=60), process.memory_info().rss
+    for _ in range(7):
+        burst(1000)
 
-    assert process.memory_info().rss - before < 15 * 2**20
-    wait_until(lambda: _stats(project)["pool"]["running"] == 0, 30, "nothing runs")
+    assert tasks["objects"].delay().get(timeout=60) < objects + 2000
+    # The C library keeps what many failures at once took; what leaked 8 KB a run would be 56 MB.
+    assert process.memory_info().rss - memory < 40 * 2**20
 
 
 def _stats(project: Project) -> dict[str, Any]:
-    (found,) = project.app.control.inspect(timeout=2).stats().values()
+    (found,) = project.app.control.inspect(timeout=10, limit=1).stats().values()
     return dict(found)
 
 
 def _active(project: Project) -> list[dict[str, Any]]:
-    (found,) = project.app.control.inspect(timeout=2).active().values()
+    (found,) = project.app.control.inspect(timeout=10, limit=1).active().values()
     return list(found)
 
 
