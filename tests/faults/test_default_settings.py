@@ -31,26 +31,28 @@ def environ() -> dict[str, str]:
     return {}
 
 
+@pytest.mark.parametrize("pool", ["asyncio", "prefork"])
 def test_run_of_a_killed_worker_starts_again_within_twenty_seconds(
-    project: Project, start_worker: Callable[..., CeleryProcess], ledger: Ledger
+    pool: str, project: Project, start_worker: Callable[..., CeleryProcess], ledger: Ledger
 ) -> None:
     """Without a beat, with another worker alive, and without waiting for the retry delay: nobody failed."""
-    victim = start_worker()
+    victim = start_worker(pool=pool)
     tasks: Any = project.app.tasks
-    results = [tasks["passes"].delay(f"default {number}") for number in range(2)]
-    for number in range(2):
-        ledger.notes(f"default {number}", 1)
-    start_worker()
+    names = [f"{pool} {number}" for number in range(2)]
+    results = [tasks["passes"].delay(name) for name in names]
+    for name in names:
+        ledger.notes(name, 1)
+    start_worker(pool=pool)
 
     victim.kill()
     killed_at = time.monotonic()
-    for number in range(2):
-        ledger.notes(f"default {number}", 2)
+    for name in names:
+        ledger.notes(name, 2)
     seconds = time.monotonic() - killed_at
 
     assert seconds <= 20
-    for number in range(2):
-        ledger.open_gate(f"default {number}")
+    for name in names:
+        ledger.open_gate(name)
     for result in results:
         assert result.get(timeout=60) == "done"
         run = ledger.ends(result.id)

@@ -79,7 +79,7 @@ def ticks(ledger: Ledger) -> list[Run]:
 
 def test_both_servers_away(project: Project, server: PostgreSQL) -> None:
     """All live and say little; work goes on within three seconds of the return, and each instant has its one run."""
-    processes = [project.worker(), project.worker(pool="threads", concurrency=4), project.beat()]
+    processes = [project.worker(), project.worker(pool="asyncio", concurrency=100), project.beat()]
     ledger = Ledger(project)
     running = project.python('from tasks import passes; print(passes.delay("meanwhile").id)').strip()
     ledger.notes("meanwhile", 1)

@@ -46,8 +46,11 @@ class Stage:
         self.done: Counter[str] = Counter()
         self._server = server
         self._say = say
-        threads = project.worker(pool="threads", concurrency=4, wait=False)
-        self.workers = [project.worker(wait=False), project.worker(wait=False), threads]
+        self.workers = [
+            project.worker(pool="prefork", wait=False),
+            project.worker(pool="asyncio", concurrency=50, wait=False),
+            project.worker(pool="threads", concurrency=4, wait=False),
+        ]
         self.beats = [project.beat(wait=False), project.beat(wait=False)]
         for process in self.processes:
             process.wait_until_ready()
@@ -65,7 +68,7 @@ class Stage:
         if kind in {"valkey", "postgresql"}:
             self._kill_server(step, self.project.broker if kind == "valkey" else self._server)
             return
-        with_children = [process for process in self.workers[:2] if process.family()]
+        with_children = [process for process in self.workers if process.family()]
         among = {"beat": self.beats, "child": with_children}.get(kind, self.workers) or self.workers
         process = among[step.number % len(among)]
         if not process.running or process in self._ending:
