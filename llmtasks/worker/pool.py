@@ -13,13 +13,12 @@ import contextvars
 import gc
 import inspect
 import itertools
-import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from billiard.einfo import ExceptionInfo
@@ -31,8 +30,6 @@ from llmtasks.holding import Cancelled, holdings
 from llmtasks.run_task import RunTask
 from llmtasks.worker import watchdog
 from llmtasks.worker.callbacks import Callbacks
-
-logger = logging.getLogger(__name__)
 
 #: Sync functions that run at once at most; each has a thread.
 THREADS: Final = 32
@@ -57,8 +54,6 @@ class Job:
     args: Any
     kwargs: dict[str, Any]
     callbacks: dict[str, Callable[..., Any] | None]
-    is_async: bool
-    pool: AsyncioPool = field(repr=False)
 
     def trace(self) -> Any:
         """Run Celery's tracer."""
@@ -132,11 +127,9 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
             args=args,
             kwargs=kwargs or {},
             callbacks={name: options.get(name) for name in names},
-            is_async=self._runs_async(args[0]),
-            pool=self,
         )
         self._jobs[job.id] = job
-        if job.is_async:
+        if self._runs_async(args[0]):
             self._given.append(job)
             if len(self._given) == 1:
                 self._loop.call_soon_threadsafe(self._take)

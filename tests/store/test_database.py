@@ -298,7 +298,7 @@ def test_server_without_tables_is_said_with_the_command(database_server: Databas
     database = Database(url)
 
     for open_it in (database.transaction, database.reading):
-        with pytest.raises(SchemaOutdatedError, match=r"version none, .* needs 0005: run `celery llmtasks migrate`"):
+        with pytest.raises(SchemaOutdatedError, match=r"version none, .* needs 0006: run `celery llmtasks migrate`"):
             open_it().__enter__()
     assert database.version() is None
 
