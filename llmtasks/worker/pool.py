@@ -92,19 +92,14 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
 
     def on_start(self) -> None:
         """Start the loop's thread."""
+        # What was made until now stays for good: for the garbage collector to look at all of it again and again was a
+        # fifth of what an empty run costs. Not later: a worker that says it is ready is to hear what it is asked.
+        gc.collect()
+        gc.freeze()
         self._loop = loops.shared()
         self._threads = ThreadPoolExecutor(min(self.limit, THREADS), "llmtasks-sync")
         self._blocking = ThreadPoolExecutor(BLOCKING, "llmtasks-blocking")
         self._loop.call_soon_threadsafe(self._loop.set_default_executor, ThreadPoolExecutor(THREADS, "llmtasks-thread"))
-
-    def did_start_ok(self) -> bool:
-        """The consumer begins: what was made until now stays for good, and is no matter for the garbage collector.
-
-        To look at all of it again and again was a fifth of what an empty run costs.
-        """
-        gc.collect()
-        gc.freeze()
-        return True
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Celery's event loop runs, for the first time or again."""

@@ -93,7 +93,7 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "threads", "prefork"])
+@pytest.fixture(scope="module", params=["asyncio", "prefork"])
 def pool(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -203,6 +203,7 @@ def test_shutdown_gives_back_what_does_not_end(project: Project, tasks: Any, led
     second.terminate()
 
 
+@pytest.mark.parametrize("pool", ["asyncio"], indirect=True)
 def test_killed_worker_loses_no_run(project: Project, tasks: Any, ledger: Ledger) -> None:
     """kill -9 of the whole worker: the broker gives the message to the next one."""
     tasks["endless"].apply_async(("survives",), queue="third")

@@ -56,7 +56,7 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "threads", "prefork"])
+@pytest.fixture(scope="module", params=["asyncio", "prefork"])
 def pool(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -175,6 +175,7 @@ def test_shutdown_gives_back_what_waits(project: Project, tasks: Any, ledger: Le
     second.terminate()
 
 
+@pytest.mark.parametrize("pool", ["asyncio"], indirect=True)
 def test_killed_worker_loses_nothing_that_waited(project: Project, tasks: Any, ledger: Ledger) -> None:
     """kill -9 while runs wait: the next worker has them all."""
     third = project.worker("-Q", "third", concurrency=4)

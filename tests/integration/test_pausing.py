@@ -57,7 +57,7 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "threads", "prefork"])
+@pytest.fixture(scope="module", params=["asyncio", "prefork"])
 def pool(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

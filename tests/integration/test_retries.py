@@ -108,7 +108,7 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "prefork", "threads"])
+@pytest.fixture(scope="module", params=["asyncio", "prefork"])
 def pool(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
