@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llmtasks import Run
 from llmtasks.dispatch import station
 from llmtasks.states import RunState
@@ -93,6 +95,27 @@ def project_with(folder: Path, tasks: str, **environ: str) -> Iterator[Project]:
             yield project
         finally:
             project.close()
+
+
+def on_pools(tasks: str, *pools: str, **environ: str) -> tuple[Any, Any]:
+    """Fixtures of a module whose tests run on several pools: ``pool``, its name, and ``project``, one for each pool.
+
+    Args:
+        tasks: The module ``tasks`` of the project.
+        pools: What LLMTASKS_POOL is.
+        environ: As of ``project_with``.
+    """
+
+    @pytest.fixture(scope="module", params=pools)
+    def pool(request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    @pytest.fixture(scope="module")
+    def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
+        with project_with(tmp_path_factory.mktemp(pool), tasks, **environ, LLMTASKS_POOL=pool) as project:
+            yield project
+
+    return pool, project
 
 
 def sqlite_url(folder: Path) -> str:

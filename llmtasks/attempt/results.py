@@ -48,13 +48,11 @@ class BackendOnLoop:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._task.backend_of_thread, name)
-        if not callable(found):
-            return found
+        return partial(self._in_thread, name) if callable(found) else found
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return in_thread(lambda: getattr(self._task.backend, name)(*args, **kwargs))
-
-        return call
+    def _in_thread(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the backend that the thread has."""
+        return in_thread(lambda: getattr(self._task.backend, method)(*args, **kwargs))
 
     def process_cleanup(self) -> None:
         """Do nothing: this thread's backend was not used."""
@@ -64,7 +62,7 @@ class BackendOnLoop:
     ) -> None:
         """Store a success, and tell the chord."""
         if request is not None and request.chord:
-            in_thread(lambda: self._task.backend.mark_as_done(task_id, result, request, store_result, state))
+            self._in_thread("mark_as_done", task_id, result, request, store_result, state)
         elif store_result and not getattr(request, "ignore_result", False):
             self.store_result(task_id, result, state, request=request)
 
@@ -80,13 +78,9 @@ class BackendOnLoop:
     ) -> None:
         """Store a failure, and tell the chord, the rest of the chain and the errbacks."""
         if request is not None and (request.chord or request.chain or request.errbacks):
-            told = partial(self._tell_failure, task_id, exc, traceback, request, store_result, call_errbacks, state)
-            in_thread(told)
+            self._in_thread("mark_as_failure", task_id, exc, traceback, request, store_result, call_errbacks, state)
         elif store_result:
             self.store_result(task_id, exc, state, traceback=traceback, request=request)
-
-    def _tell_failure(self, *args: Any) -> None:
-        self._task.backend.mark_as_failure(*args)
 
     def mark_as_retry(
         self,
@@ -106,8 +100,7 @@ class BackendOnLoop:
         """Store a state, on Redis together with others."""
         backend = self._task.backend_of_thread
         if options or not _is_redis(backend):
-            store = partial(self._store, task_id, result, state, traceback, request, **options)
-            return in_thread(store)
+            return self._in_thread("store_result", task_id, result, state, traceback, request, **options)
         encoded = backend.encode_result(result, state)
         meta = backend._get_result_meta(encoded, state, traceback, request)
         meta["task_id"] = bytes_to_str(task_id)
@@ -115,10 +108,6 @@ class BackendOnLoop:
         packed = _Result(backend.get_key_for_task(task_id), backend.encode(meta), int(seconds or 0))
         self._tracer.wait_for(_results_of(self._task.app).ask(packed))
         return encoded
-
-    def _store(self, *args: Any, **options: Any) -> Any:
-        task_id, result, state, traceback, request = args
-        return self._task.backend.store_result(task_id, result, state, traceback, request, **options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,10 +107,11 @@ class Delivered:
 def mark_delivered(tx: Connection, ends: list[Delivered]) -> None:
     """Celery was told these ends: nobody holds the runs any more, and what sending again needed is dropped."""
     in_order = [{name: getattr(item, name) for name in _GIVEN} for item in sorted(ends, key=lambda item: item.run_id)]
+    if not in_order:
+        return
     if tx.dialect.name != "postgresql":
-        for item in in_order:
-            _DELIVERED.count(tx, item)
-    elif in_order:
+        _DELIVERED.many(tx, in_order)
+    else:
         _ALL_DELIVERED.count(tx, {name: [item[name] for item in in_order] for name in _GIVEN})
 
 

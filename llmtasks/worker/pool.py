@@ -86,7 +86,9 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
         self._peak = 0
         self._main = Callbacks()
         self._is_async: dict[str, bool] = {}
-        self._threads = self._blocking = ThreadPoolExecutor(1)
+        # Their threads begin with what is given to them.
+        self._threads = ThreadPoolExecutor(min(self.limit, THREADS), "llmtasks-sync")
+        self._blocking = ThreadPoolExecutor(BLOCKING, "llmtasks-blocking")
 
     # -- of the main thread
 
@@ -97,8 +99,6 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
         gc.collect()
         gc.freeze()
         self._loop = loops.shared()
-        self._threads = ThreadPoolExecutor(min(self.limit, THREADS), "llmtasks-sync")
-        self._blocking = ThreadPoolExecutor(BLOCKING, "llmtasks-blocking")
         self._loop.call_soon_threadsafe(self._loop.set_default_executor, ThreadPoolExecutor(THREADS, "llmtasks-thread"))
 
     def register_with_event_loop(self, hub: Any) -> None:

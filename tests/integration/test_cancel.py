@@ -1,7 +1,6 @@
 """Cancelling a Task or one run, in every state it may be in; what waits for the run is told."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from celery.exceptions import TaskRevokedError
 from llmtasks import Task
 from llmtasks.dispatch import station
 from llmtasks.states import RunState, ScheduleState
-from tests.ledger import QUICK, Ledger, project_with
+from tests.ledger import QUICK, Ledger, on_pools
 from tests.processes import CeleryProcess, Project
 from tests.waiting import wait_until
 
@@ -90,15 +89,7 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "prefork"])
-def pool(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
-    with project_with(tmp_path_factory.mktemp("cancel"), TASKS, **QUICK, LLMTASKS_POOL=pool) as project:
-        yield project
+pool, project = on_pools(TASKS, "asyncio", "prefork", **QUICK)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,5 @@
 """Chains, groups, chords, links and replacements of registered functions, through retries."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,8 +7,8 @@ from celery import chain, chord, group
 from celery.result import AsyncResult
 
 from llmtasks.states import RunState
-from tests.ledger import QUICK, Ledger, project_with
-from tests.processes import Project
+from tests.ledger import QUICK, Ledger, on_pools
+from tests.processes import CeleryProcess, Project
 from tests.waiting import wait_until
 
 TASKS = """
@@ -84,16 +83,12 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "prefork"])
-def pool(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+pool, project = on_pools(TASKS, "asyncio", "prefork", **QUICK)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
-    with project_with(tmp_path_factory.mktemp("canvas"), TASKS, **QUICK, LLMTASKS_POOL=pool) as project:
-        project.worker()
-        yield project
+@pytest.fixture(scope="module", autouse=True)
+def worker(project: Project) -> CeleryProcess:
+    return project.worker()
 
 
 def test_chain_passes_results_on_through_retries(tasks: Any, ledger: Ledger) -> None:

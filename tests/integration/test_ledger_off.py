@@ -1,13 +1,12 @@
 """Functions with ``ledger="off"``: plain Celery tasks with our loop, limits, priorities and retries; no database."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
 
 from llmtasks.errors import InvalidParamsError
-from tests.ledger import Ledger, project_with, queue_length
+from tests.ledger import Ledger, on_pools, queue_length
 from tests.processes import CeleryProcess, Project
 from tests.waiting import wait_until
 
@@ -93,16 +92,7 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "prefork"])
-def pool(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
-    environ = {"LLMTASKS_POOL": pool, "LLMTASKS_DATABASE_URL": NO_DATABASE, "LLMTASKS_SHUTDOWN_GRACE": "1"}
-    with project_with(tmp_path_factory.mktemp(pool), TASKS, **environ) as project:
-        yield project
+pool, project = on_pools(TASKS, "asyncio", "prefork", LLMTASKS_DATABASE_URL=NO_DATABASE, LLMTASKS_SHUTDOWN_GRACE="1")
 
 
 @pytest.fixture(scope="module", autouse=True)

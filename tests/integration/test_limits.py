@@ -1,6 +1,5 @@
 """Time limits: the function is told first and may tidy up; who does not listen is ended, which is a failed attempt."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,8 +7,8 @@ from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 
 from llmtasks import Task
 from llmtasks.states import RunState
-from tests.ledger import QUICK, Ledger, project_with
-from tests.processes import Project
+from tests.ledger import QUICK, Ledger, on_pools
+from tests.processes import CeleryProcess, Project
 from tests.waiting import wait_until
 
 TASKS = """
@@ -128,16 +127,12 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "prefork"])
-def pool(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+pool, project = on_pools(TASKS, "asyncio", "prefork", **QUICK)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
-    with project_with(tmp_path_factory.mktemp("limits"), TASKS, **QUICK, LLMTASKS_POOL=pool) as project:
-        project.worker()
-        yield project
+@pytest.fixture(scope="module", autouse=True)
+def worker(project: Project) -> CeleryProcess:
+    return project.worker()
 
 
 #: What computes, or blocks its loop, can be interrupted by a signal only.

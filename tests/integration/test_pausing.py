@@ -12,7 +12,7 @@ from llmtasks.doctor import examine
 from llmtasks.errors import InvalidOptionError, UnknownTaskFunctionError
 from llmtasks.states import RunState
 from llmtasks.why import explain
-from tests.ledger import QUICK, Ledger, project_with, queue_length
+from tests.ledger import QUICK, Ledger, on_pools, queue_length
 from tests.processes import CeleryProcess, Project
 from tests.waiting import wait_until
 
@@ -57,15 +57,7 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "prefork"])
-def pool(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
-    with project_with(tmp_path_factory.mktemp(pool), TASKS, **QUICK, LLMTASKS_POOL=pool) as project:
-        yield project
+pool, project = on_pools(TASKS, "asyncio", "prefork", **QUICK)
 
 
 @pytest.fixture(scope="module", autouse=True)

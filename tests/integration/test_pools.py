@@ -1,6 +1,5 @@
 """The threads and solo pools: one shared loop, limits of coroutines enforced, contexts kept apart."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 
 from llmtasks import Task
 from llmtasks.states import RunState
-from tests.ledger import QUICK, Ledger, project_with
+from tests.ledger import QUICK, Ledger, on_pools
 from tests.processes import CeleryProcess, Project
 from tests.waiting import wait_until
 
@@ -93,15 +92,7 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "threads", "solo"])
-def pool(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
-    with project_with(tmp_path_factory.mktemp(pool), TASKS, **QUICK, LLMTASKS_POOL=pool) as project:
-        yield project
+pool, project = on_pools(TASKS, "asyncio", "threads", "solo", **QUICK)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,5 @@
 """Attempts: how many, when, with which arguments; the ledger keeps what Celery would keep in a message."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,8 +7,8 @@ import pytest
 from celery.exceptions import MaxRetriesExceededError
 
 from llmtasks.states import RunState
-from tests.ledger import QUICK, Ledger, project_with
-from tests.processes import Project
+from tests.ledger import QUICK, Ledger, on_pools
+from tests.processes import CeleryProcess, Project
 from tests.waiting import wait_until
 
 TASKS = """
@@ -108,16 +107,12 @@ TASKS = """
 pytestmark = pytest.mark.redis
 
 
-@pytest.fixture(scope="module", params=["asyncio", "prefork"])
-def pool(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+pool, project = on_pools(TASKS, "asyncio", "prefork", **QUICK)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, pool: str) -> Iterator[Project]:
-    with project_with(tmp_path_factory.mktemp("retries"), TASKS, **QUICK, LLMTASKS_POOL=pool) as project:
-        project.worker()
-        yield project
+@pytest.fixture(scope="module", autouse=True)
+def worker(project: Project) -> CeleryProcess:
+    return project.worker()
 
 
 def test_run_has_one_attempt_more_than_retries(tasks: Any, ledger: Ledger) -> None:

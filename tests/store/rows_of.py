@@ -144,6 +144,13 @@ def owed(database: Database) -> dict[str, str]:
         return {row.run_id: row.kind for row in connection.execute(select(rows.outbox))}
 
 
+def everything(database: Database, run_id: str) -> dict[str, Any]:
+    """A run's whole row but its id, to be compared with another run's."""
+    row: dict[str, Any] = row_of(database, run_id)._asdict()
+    row.pop("id")
+    return row
+
+
 def taken_slots(database: Database) -> dict[tuple[str, int], str]:
     """Who has which place."""
     with database.reading() as connection:

@@ -11,12 +11,12 @@ from tests.store.rows_of import (
     LEASE,
     NOW,
     all_at_once,
+    everything,
     held,
     later,
     new_run,
     offer,
     opened,
-    row_of,
     set_run,
     started,
     state_of,
@@ -26,12 +26,6 @@ from tests.store.rows_of import (
 def claimed(database: Database, *offers: Offer) -> list[Claim | None]:
     with database.transaction() as tx:
         return groups.claim_slotless(tx, offers, NOW, NOW - LEASE)
-
-
-def everything(database: Database, run_id: str) -> dict[str, Any]:
-    row: dict[str, Any] = row_of(database, run_id)._asdict()
-    row.pop("id")
-    return row
 
 
 def test_group_of_claims_writes_what_lone_ones_write(database: Database) -> None:

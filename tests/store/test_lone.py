@@ -20,12 +20,12 @@ from tests.store.rows_of import (
     all_at_once,
     claimed_in_transaction,
     ended,
+    everything,
     held,
     later,
     new_run,
     offer,
     opened,
-    row_of,
     set_run,
     started,
     state_of,
@@ -36,12 +36,6 @@ from tests.store.rows_of import (
 def claimed_alone(database: Database, run_id: str, at: datetime = NOW, **changes: Any) -> Claim | None:
     with database.lone() as lone:
         return claims.claim_slotless(lone, offer(run_id, **changes), at, at - LEASE)
-
-
-def everything(database: Database, run_id: str) -> dict[str, Any]:
-    row: dict[str, Any] = row_of(database, run_id)._asdict()
-    row.pop("id")
-    return row
 
 
 @pytest.mark.parametrize("known", [False, True])
