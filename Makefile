@@ -27,8 +27,9 @@ help:
 run: $(RUN)
 	LLMTASKS_IMPORTS=examples.ragapp.tasks $(BIN)/llmtasks dev --procfile examples/ragapp/Procfile
 
+# Tests wait for servers and clocks more than they compute: two cores carry four processes.
 test: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile $(PYTEST_ARGS)
 
 test-pythons:
 	@sh .ci/test-pythons
