@@ -11,7 +11,7 @@ from typing import Any
 
 from celery.exceptions import Ignore, Reject, Retry
 
-from llmtasks.attempt.calling import call, call_body, current, hold_here, install_soft_limit
+from llmtasks.attempt.calling import as_failure, call, call_body, current, hold_here, install_soft_limit
 from llmtasks.attempt.claiming import claim_run, name_links
 from llmtasks.attempt.finishing import again, fail_for_good, failed, finish, line_of, replaced, succeeded
 from llmtasks.attempt.off_ledger import run_off_ledger
@@ -103,15 +103,12 @@ def _conclude(task: Any, options: TaskOptions, hold: Hold, args: tuple[Any, ...]
     except Cancelled as error:
         finish(hold, End(state=RunState.CANCELLED, keeps_owner=True, reason=str(error)))
         return tell_cancelled(task, hold, str(error))
-    except asyncio.CancelledError as error:
-        # Cancelled by something inside the function: for Celery's tracer that must be an ordinary failure.
-        failed(task, options, hold, RuntimeError("the function's coroutine was cancelled from within"), error)
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         if isinstance(hold.body.interruption, Cancelled):  # it failed while it tidied up
             reason = str(hold.body.interruption)
             finish(hold, End(state=RunState.CANCELLED, keeps_owner=True, reason=reason, error=line_of(error)))
             return tell_cancelled(task, hold, reason)
-        failed(task, options, hold, error, error)
+        failed(task, options, hold, as_failure(error), error)
     else:
         return succeeded(task, hold, value)
     raise AssertionError("unreachable: every branch above raises or returns")

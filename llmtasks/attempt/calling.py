@@ -65,6 +65,13 @@ def call_function(task: Any, body: Body, args: tuple[Any, ...], kwargs: dict[str
         current.body = current.untaken = None
 
 
+def as_failure(error: Exception | asyncio.CancelledError) -> Exception:
+    """What left the function, for Celery's tracer: a cancellation from inside of it is an ordinary failure."""
+    if isinstance(error, asyncio.CancelledError):
+        return RuntimeError("the function's coroutine was cancelled from within")
+    return error
+
+
 def call_body(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What ``task.run`` does: the function itself, in the attempt of this thread if there is one."""
     if _decorated_later:

@@ -10,7 +10,7 @@ from typing import Any
 from celery.exceptions import Ignore
 
 from llmtasks import bridge, sender
-from llmtasks.attempt.writer import writer_for
+from llmtasks.attempt.writer import Writer
 from llmtasks.bridge import Body
 from llmtasks.dispatch import station
 from llmtasks.holding import Hold, holdings, persist
@@ -77,7 +77,7 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
     tracer, may_be_paused = bridge.tracer_here(), known_pauses.may_hold_up(at, task.name)
     claim, full = None, None
     if tracer is not None and offer.function_slots is None and not may_be_paused:
-        claim = tracer.wait_for(writer_for(at).claim(offer))
+        claim = tracer.wait_for(Writer.at(at).claim(offer))
     if claim is None:
         claim, full = persist(take)
     if claim is None:

@@ -13,7 +13,7 @@ from celery.exceptions import Ignore, Retry
 from celery.utils.serialization import get_pickleable_exception
 
 from llmtasks import bridge, sender
-from llmtasks.attempt.writer import writer_for
+from llmtasks.attempt.writer import Writer
 from llmtasks.dispatch import relay
 from llmtasks.errors import InvalidParamsError
 from llmtasks.holding import Hold, holdings, persist
@@ -48,7 +48,7 @@ def finish(hold: Hold, how: End) -> None:
     if hold.lost:
         ours = False
     elif tracer is not None and is_lone:
-        ours = tracer.wait_for(writer_for(at).end(hold.claim, how))
+        ours = tracer.wait_for(Writer.at(at).end(hold.claim, how))
     else:
         ours, handed = persist(write)
     if not ours or not how.keeps_owner:

@@ -9,7 +9,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
 
 from llmtasks import sender
-from llmtasks.attempt.calling import call_function, current, install_soft_limit
+from llmtasks.attempt.calling import as_failure, call_function, current, install_soft_limit
 from llmtasks.attempt.claiming import limits_of
 from llmtasks.attempt.finishing import delay_before, is_final
 from llmtasks.bridge import Body, NotYours
@@ -55,9 +55,7 @@ def _end(task: Any, options: TaskOptions, body: Body, error: Exception | asyncio
         raise Reject(str(interruption), requeue=True) from error
     if isinstance(interruption, Cancelled):
         raise Ignore(str(interruption)) from error
-    failure = (
-        error if isinstance(error, Exception) else RuntimeError("the function's coroutine was cancelled from within")
-    )
+    failure = as_failure(error)
     retries = task.request.retries or 0
     if is_final(task, options, failure, retries, task.max_retries):
         raise failure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, cast
@@ -11,9 +10,6 @@ from celery import states
 from kombu.utils.encoding import bytes_to_str
 
 from llmtasks.bridge import Gathering, Tracer, Wish, in_thread
-
-#: Results that one round trip stores.
-GROUP: Final = 200
 
 #: Stores results and tells who waits for them, as Celery's backend does with a GET, then SETEX and PUBLISH: a success
 #: that is there stays. KEYS: the tasks'. ARGV: for each the result, and the seconds to keep it or 0.
@@ -106,7 +102,7 @@ class BackendOnLoop:
         meta["task_id"] = bytes_to_str(task_id)
         seconds = backend.failure_expires if state == states.FAILURE else backend.expires
         packed = _Result(backend.get_key_for_task(task_id), backend.encode(meta), int(seconds or 0))
-        self._tracer.wait_for(_results_of(self._task.app).ask(packed))
+        self._tracer.wait_for(_Results.at(self._task.app).ask(packed))
         return encoded
 
 
@@ -121,13 +117,11 @@ class _Result:
 class _Results(Gathering[_Result]):
     """The thread that stores results for one app."""
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
-        super().__init__("llmtasks-results", GROUP)
+    name = "llmtasks-results"
 
     def fulfil(self, group: list[Wish[_Result]]) -> None:
         """Store a group, as often as the backend's retry policy says."""
-        backend = self._app.backend
+        backend = self.of.backend
         backend.ensure(self._store, (backend, group))
 
     @staticmethod
@@ -149,15 +143,3 @@ def _is_redis(backend: Any) -> bool:
         and kind._store_result is celerys._store_result
         and kind._set is celerys._set
     )
-
-
-_all: Final[dict[Any, _Results]] = {}
-_making: Final = threading.Lock()
-
-
-def _results_of(app: Any) -> _Results:
-    with _making:
-        found = _all.get(app)
-        if found is None:
-            found = _all[app] = _Results(app)
-    return found

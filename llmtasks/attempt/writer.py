@@ -6,9 +6,8 @@ An attempt does not start before its claim is committed, and its message is not 
 from __future__ import annotations
 
 import asyncio
-import threading
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from llmtasks.bridge import Gathering, Wish
 from llmtasks.dispatch import Station
@@ -17,18 +16,14 @@ from llmtasks.store import groups
 from llmtasks.store.claims import Claim, Offer
 from llmtasks.store.ends import End
 
-#: Claims and ends that share a transaction at most: what waits for the slowest of them.
-GROUP: Final = 200
-
 _Asked: TypeAlias = Offer | tuple[Claim, End]
 
 
 class Writer(Gathering[_Asked]):
     """The thread that writes for one station."""
 
-    def __init__(self, at: Station) -> None:
-        self._at = at
-        super().__init__("llmtasks-writer", GROUP)
+    name = "llmtasks-writer"
+    of: Station
 
     def claim(self, offer: Offer) -> asyncio.Future[Claim | None]:
         """Take a run that needs no slot: the claim once it is committed, None as ``groups.claim_slotless``."""
@@ -54,14 +49,14 @@ class Writer(Gathering[_Asked]):
                     wish.error = error
 
     def _write(self, group: list[Wish[_Asked]]) -> None:
-        now = self._at.database.now()
-        with self._at.database.transaction() as tx:
+        now = self.of.database.now()
+        with self.of.database.transaction() as tx:
             self._claim(tx, [wish for wish in group if isinstance(wish.asked, Offer)], now)
             self._end(tx, [wish for wish in group if not isinstance(wish.asked, Offer)], now)
 
     def _claim(self, tx: Any, wishes: list[Wish[Any]], now: datetime) -> None:
         if wishes:
-            silent_since = now - self._at.settings.lease_time
+            silent_since = now - self.of.settings.lease_time
             claims = groups.claim_slotless(tx, [wish.asked for wish in wishes], now, silent_since)
             for wish, claim in zip(wishes, claims, strict=True):
                 wish.answer = claim
@@ -70,18 +65,3 @@ class Writer(Gathering[_Asked]):
         if wishes:
             for wish, ours in zip(wishes, groups.end(tx, [wish.asked for wish in wishes], now), strict=True):
                 wish.answer = ours
-
-
-_writers: Final[dict[Station, Writer]] = {}
-_making: Final = threading.Lock()
-
-
-def writer_for(at: Station) -> Writer:
-    """The writer of a station, whose thread lives as long as the process."""
-    found = _writers.get(at)
-    if found is None:
-        with _making:
-            found = _writers.get(at)
-            if found is None:
-                found = _writers[at] = Writer(at)
-    return found

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, Self, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -39,15 +39,30 @@ class Gathering(Generic[T]):
     """A thread that does in one go what gathered while it was busy; nobody waits for a timer.
 
     Args:
-        name: The thread's name.
-        most: How many wishes are fulfilled in one go.
+        of: Whose wishes it fulfils.
     """
 
-    def __init__(self, name: str, most: int) -> None:
-        self._most = most
+    #: The thread's name.
+    name: ClassVar[str]
+    #: How many wishes are fulfilled in one go at most: what waits for the slowest of them.
+    most: ClassVar[int] = 200
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
         self._wishes: deque[Wish[T]] = deque()
         self._stirred = threading.Event()
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        threading.Thread(target=self._work, name=self.name, daemon=True).start()
+
+    @classmethod
+    def at(cls, of: Hashable) -> Self:
+        """The one whose wishes these are; its thread lives as long as the process."""
+        found = _gatherings.get((cls, of))
+        if found is None:
+            with _making:
+                found = _gatherings.get((cls, of))
+                if found is None:
+                    found = _gatherings[cls, of] = cls(of)
+        return cast("Self", found)
 
     def fulfil(self, group: list[Wish[T]]) -> None:
         """Set the answers of a group; what this raises is each one's error. Called in the thread."""
@@ -82,7 +97,7 @@ class Gathering(Generic[T]):
     def _next_group(self) -> list[Wish[T]]:
         group: list[Wish[T]] = []
         keys: set[Hashable] = set()
-        while self._wishes and len(group) < self._most:
+        while self._wishes and len(group) < self.most:
             key = self.key(self._wishes[0].asked)
             if key in keys:
                 break
@@ -90,6 +105,10 @@ class Gathering(Generic[T]):
                 keys.add(key)
             group.append(self._wishes.popleft())
         return group
+
+
+_gatherings: Final[dict[tuple[type[Any], Hashable], Gathering[Any]]] = {}
+_making: Final = threading.Lock()
 
 
 def _tell(loop: asyncio.AbstractEventLoop, wishes: list[Wish[Any]]) -> None:

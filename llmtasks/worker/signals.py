@@ -68,12 +68,12 @@ def check_schema(sender: Any, **_: object) -> None:
 @signals.celeryd_after_setup.connect
 def begin_loop(instance: Any, **_: object) -> None:
     """The worker will start its pool: call the start hooks, unless children have the loops."""
-    pool = _module_of(instance.pool)
-    if pool == "celery.concurrency.prefork":
+    pool = _name_of(instance.pool)
+    if pool == "prefork":
         lifespan.expect_children()
         return
     try:
-        lifespan.begin(on_own=pool == "celery.concurrency.solo")
+        lifespan.begin(on_own=pool == "solo")
     except lifespan.HookError as error:
         logger.critical("the worker ends: %s", error, exc_info=error.__cause__)
         raise SystemExit(1) from error
@@ -100,15 +100,14 @@ def start_keeping(sender: Any, **_: object) -> None:
     _worker.keeper = Keeper(at)
     _worker.keeper.start()
     pool = sender.pool
-    kind = getattr(pool, "name", type(pool).__module__.rpartition(".")[2])
-    _worker.heart = ProcessHeart(at, name=sender.hostname, pool=kind, concurrency=pool.num_processes)
+    _worker.heart = ProcessHeart(at, name=sender.hostname, pool=_name_of(pool), concurrency=pool.num_processes)
     _worker.heart.start()
 
 
 @signals.worker_ready.connect
 def watch_loop(sender: Any, **_: object) -> None:
     """The worker consumes: where coroutines share its loop, say what blocks that."""
-    if _module_of(sender.pool) == "llmtasks.worker.pool":
+    if _name_of(sender.pool) == "asyncio":
         settings = station(sender.app).settings
         watchdog.watch(loops.shared(), warning=settings.loop_warning, limit=settings.loop_limit)
 
@@ -161,6 +160,6 @@ def let_go(task: Any, **_: object) -> None:
         attempt.let_go(task)
 
 
-def _module_of(pool: Any) -> str:
-    """Says which pool it is, and imports none."""
-    return type(pool).__module__
+def _name_of(pool: Any) -> str:
+    """How people call a pool; Celery's own are called by their modules."""
+    return str(getattr(pool, "name", type(pool).__module__.rpartition(".")[2]))

@@ -136,10 +136,13 @@ async def test_synchronous_wait_on_a_loop_is_refused() -> None:
 
 
 class _Doubling(Gathering[int]):
+    name = "doubling"
+    most = 3
+
     def __init__(self) -> None:
         self.groups: list[list[int]] = []
         self.gate = threading.Event()
-        super().__init__("doubling", 3)
+        super().__init__(None)
 
     def key(self, asked: int) -> int:
         return asked
