@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 #: Seconds between two tries to reach the broker. Celery's own grow to 30 s, longer than most outages.
 RETRY_EVERY: Final = 1.0
 
+#: Seconds that an event of a task may wait for others, and how many go in one message at most. Celery sends them with
+#: every turn of its loop, 24 at once at most: a message for every eighth run was a sixth of what an empty run costs.
+EVENTS_WAIT: Final = 0.05
+EVENTS_TOGETHER: Final = 500
+
 #: It has no types.
 _Blueprint: Any = Consumer.Blueprint
 
@@ -37,6 +42,7 @@ class RunConsumer(Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         celerys: Any = self
+        self._events_are_due = False
         self.gate = Gate(self, celerys.on_task_request)
         celerys.on_task_request = self.gate.enter
         if sender.is_rabbitmq_transport(self.app):
@@ -54,6 +60,25 @@ class RunConsumer(Consumer):
         if celerys.hub is not None:  # it would run what goes back only when the pool has drained
             run_ready: Callable[[Any], None] = vars(prefork)["_run_ready_callbacks"]
             run_ready(celerys.hub)
+
+    def shutdown(self) -> None:
+        """Nothing runs any more: what it said last is sent."""
+        self._send_events()
+        super().shutdown()
+
+    def on_send_event_buffered(self) -> Any:
+        """An event waits: it is sent with those that come in the next moment."""
+        if not self._events_are_due:
+            self._events_are_due = True
+            celerys: Any = self
+            celerys.event_dispatcher.buffer_limit = EVENTS_TOGETHER
+            celerys.hub.call_later(EVENTS_WAIT, self._send_events)
+
+    def _send_events(self) -> None:
+        self._events_are_due = False
+        celerys: Any = self
+        if celerys.event_dispatcher is not None:
+            celerys.event_dispatcher.flush()
 
     def on_close(self) -> None:
         """The connection is gone, and what was fetched and not begun is the broker's again; or the worker ends."""
