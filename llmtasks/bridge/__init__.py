@@ -20,7 +20,7 @@ from llmtasks.bridge.bodies import Body, NotYours, Stepper, TimeIsUp, body_in
 from llmtasks.bridge.gathering import Gathering, Wish
 from llmtasks.bridge.identity import identify, is_traced, of_this_tracer
 from llmtasks.bridge.loops import loops
-from llmtasks.bridge.tracers import Tracer, in_thread, tracer_here
+from llmtasks.bridge.tracers import Traced, Tracer, in_thread, tracer_here
 from llmtasks.bridge.zombies import zombies
 from llmtasks.options import HARD_LIMIT_MARGIN
 
@@ -30,6 +30,7 @@ __all__ = [
     "NotYours",
     "Stepper",
     "TimeIsUp",
+    "Traced",
     "Tracer",
     "Wish",
     "body_in",
@@ -138,7 +139,7 @@ def _wait_on_shared(stepper: Stepper[R], body: Body, context: contextvars.Contex
 def _wait_in_tracer(tracer: Tracer, stepper: Stepper[R], body: Body, context: contextvars.Context) -> R:
     task = body.begin(tracer.loop, stepper, context)
     try:
-        return tracer.wait_for(task, body.hard_limit)
+        return tracer.wait_aside(task, body.hard_limit)
     except TimeoutError:
         if task.done():
             raise

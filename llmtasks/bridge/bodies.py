@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 
-from llmtasks.bridge.deadlines import call_at_deadline
+from llmtasks.bridge.deadlines import Deadline, call_at_deadline
 from llmtasks.bridge.zombies import zombies
 from llmtasks.options import HARD_LIMIT_MARGIN
 
@@ -48,6 +48,9 @@ class Body:
     exceeded: bool = False
     #: Nobody waits for it any more: its hard limit is over.
     abandoned: bool = False
+    #: The coroutine has ended.
+    _over: bool = False
+    _deadline: Deadline | None = None
     _loop: asyncio.AbstractEventLoop | None = None
     _task: asyncio.Task[Any] | None = None
     _coroutine: Coroutine[Any, Any, Any] | None = None
@@ -80,7 +83,7 @@ class Body:
 
     def is_starting(self) -> bool:
         """Whether it is a coroutine that does not run yet, so that nothing can interrupt it for a moment."""
-        return self.is_async and self._task is None
+        return self.is_async and self._task is None and not self._over
 
     def exceed(self) -> None:
         """Tell the coroutine, once, that its time is up."""
@@ -102,9 +105,16 @@ class Body:
         task = loop.create_task(stepper, context=context)
         self._loop, self._task, self._coroutine = loop, task, stepper.inner
         if self.soft_limit:
-            deadline = call_at_deadline(loop, self.soft_limit, self.exceed)
-            task.add_done_callback(lambda _: deadline.cancel())
+            self._deadline = call_at_deadline(loop, self.soft_limit, self.exceed)
+        task.add_done_callback(self._end)
         return task
+
+    def _end(self, _task: asyncio.Task[Any]) -> None:
+        self._over = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+        # The task's context knows this body: without the way back both are freed at once, not by the garbage collector.
+        self._task = self._coroutine = self._deadline = None
 
     def meaning_of(self, error: asyncio.CancelledError) -> BaseException:
         """The error that the coroutine's cancellation stands for; code on its way may have raised a plain one anew."""

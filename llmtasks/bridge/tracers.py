@@ -10,7 +10,7 @@ import contextvars
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from greenlet import getcurrent, greenlet
 
@@ -20,27 +20,38 @@ from llmtasks.bridge.identity import of_this_tracer
 R = TypeVar("R")
 
 
+class Traced(Protocol):
+    """What a tracer runs, and who hears of it."""
+
+    def trace(self) -> Any:
+        """Run: synchronous code that may wait for futures."""
+        ...
+
+    def stand_aside(self, aside: bool) -> None:
+        """Now it only waits for something that may take any time, a coroutine or a thread; or it goes on."""
+        ...
+
+    def end(self, value: Any, error: BaseException | None) -> None:
+        """It returned a value, or raised."""
+        ...
+
+
 class Tracer(greenlet):
     """Something synchronous that runs on a loop's thread and may wait there for futures.
 
     Args:
+        traced: What it runs. Let go at the end: a greenlet, its contexts and what they hold know each other, and only
+            the garbage collector would free all that.
         loop: The loop, in whose thread this is made and started.
         executor: Where ``in_thread`` runs what would block.
-        done: Called with what ``run`` returned, and with the error that it raised.
     """
 
-    def __init__(
-        self,
-        run: Callable[[], Any],
-        loop: asyncio.AbstractEventLoop,
-        executor: Executor,
-        done: Callable[[Any, BaseException | None], None],
-    ) -> None:
+    def __init__(self, traced: Traced, loop: asyncio.AbstractEventLoop, executor: Executor) -> None:
         self._loops_own = getcurrent()
-        super().__init__(run, self._loops_own)
+        super().__init__(traced.trace, self._loops_own)
         self.loop = loop
         self.executor = executor
-        self._done = done
+        self._traced: Traced | None = traced
         self.gr_context = contextvars.Context()
         #: What wakes it runs in none of its contexts.
         self._outside = contextvars.Context()
@@ -51,15 +62,31 @@ class Tracer(greenlet):
             try:
                 future = self.switch(*waited_for)
             except BaseException as error:
-                self._done(None, error)
+                self._end(None, error)
                 return
             if self.dead:
-                self._done(future, None)
+                self._end(future, None)
                 return
             if not future.done():
                 future.add_done_callback(self.proceed, context=self._outside)
                 return
             waited_for = (future,)
+
+    def _end(self, value: Any, error: BaseException | None) -> None:
+        traced, self._traced = self._traced, None
+        if traced is not None:
+            traced.end(value, error)
+
+    def wait_aside(self, future: asyncio.Future[R], limit: float | None = None) -> R:
+        """Wait for what may take any time. Called inside this greenlet; raises as ``wait_for`` does."""
+        traced = self._traced
+        if traced is None:  # never: it has not ended
+            return self.wait_for(future, limit)
+        traced.stand_aside(True)
+        try:
+            return self.wait_for(future, limit)
+        finally:
+            traced.stand_aside(False)
 
     def wait_for(self, future: asyncio.Future[R], limit: float | None = None) -> R:
         """Wait for a future, called inside this greenlet.
@@ -93,4 +120,4 @@ def in_thread(function: Callable[[], R]) -> R:
     tracer = tracer_here()
     if tracer is None:
         return function()
-    return tracer.wait_for(tracer.loop.run_in_executor(tracer.executor, of_this_tracer().run, function))
+    return tracer.wait_aside(tracer.loop.run_in_executor(tracer.executor, of_this_tracer().run, function))

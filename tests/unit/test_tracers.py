@@ -2,10 +2,13 @@
 
 import asyncio
 import contextvars
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
@@ -20,23 +23,39 @@ Outcome = tuple[Any, BaseException | None]
 VALUE = contextvars.ContextVar("value", default="nobody's")
 
 
-async def traced(*runs: Callable[[], Any]) -> list[Outcome]:
-    """The outcomes of runs that are all traced on this loop at the same time."""
+@dataclass(eq=False)
+class Run:
+    """A run that is traced, how it ended, and whether it stood aside for others."""
+
+    trace: Callable[[], Any]
+    outcomes: list[Outcome] = field(default_factory=list)
+    asides: list[bool] = field(default_factory=list)
+
+    def stand_aside(self, aside: bool) -> None:
+        self.asides.append(aside)
+
+    def end(self, value: Any, error: BaseException | None) -> None:
+        self.outcomes.append((value, error))
+
+
+async def traced(*functions: Callable[[], Any]) -> list[Outcome]:
+    """The outcomes of functions that are all traced on this loop at the same time."""
+    return [outcome for run in await runs_of(*functions) for outcome in run.outcomes]
+
+
+async def runs_of(*functions: Callable[[], Any]) -> list[Run]:
+    """Functions that were all traced on this loop at the same time, to their ends."""
     loop = asyncio.get_running_loop()
-    outcomes: list[list[Outcome]] = [[] for _ in runs]
+    runs = [Run(function) for function in functions]
     with ThreadPoolExecutor(2) as executor:
-        for run, mine in zip(runs, outcomes, strict=True):
-
-            def done(value: Any, error: BaseException | None, mine: list[Outcome] = mine) -> None:
-                mine.append((value, error))
-
-            Tracer(run, loop, executor, done).proceed()
+        for run in runs:
+            Tracer(run, loop, executor).proceed()
         async with asyncio.timeout(30):
-            while not all(outcomes):
+            while not all(run.outcomes for run in runs):
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.005)  # whatever would end a run once more has its chance
-    assert [len(mine) for mine in outcomes] == [1] * len(runs)
-    return [mine[0] for mine in outcomes]
+    assert [len(run.outcomes) for run in runs] == [1] * len(runs)
+    return runs
 
 
 async def nap(value: Any = None) -> Any:
@@ -56,6 +75,52 @@ async def test_tracers_wait_for_coroutines_side_by_side() -> None:
     outcomes = await traced(*(lambda name=name: bridge.call(meet, (name,), {}, Body()) for name in "ab"))
 
     assert outcomes == [("a", None), ("b", None)]
+
+
+async def test_tracer_stands_aside_while_its_coroutine_or_a_thread_works() -> None:
+    """It says so when it begins to wait for them and when it goes on, also where that fails."""
+
+    async def fail() -> None:
+        raise ValueError("a failure")
+
+    def run() -> None:
+        bridge.call(nap, (), {}, Body())
+        bridge.in_thread(lambda: None)
+        bridge.call(fail, (), {}, Body())
+
+    (ended,) = await runs_of(run)
+
+    assert ended.asides == [True, False] * 3
+
+
+async def test_ended_run_is_free_at_once() -> None:
+    """No circle of references keeps a run, its body or its coroutine's values until the garbage collector comes."""
+
+    class Value:
+        pass
+
+    class WatchedBody(Body):
+        pass
+
+    bodies = WeakSet[WatchedBody]()
+    values = WeakSet[Value]()
+
+    async def hold(value: Value) -> None:
+        await asyncio.sleep(0.001)
+
+    def run() -> None:
+        body, value = WatchedBody(soft_limit=60), Value()
+        bodies.add(body)
+        values.add(value)
+        bridge.call(hold, (value,), {}, body)
+
+    gc.disable()
+    try:
+        runs = WeakSet(await runs_of(run, run))
+        await asyncio.sleep(0)  # the last callbacks of the loop are over
+        assert not [*runs, *bodies, *values]
+    finally:
+        gc.enable()
 
 
 async def test_blocking_call_leaves_the_loop_free() -> None:
