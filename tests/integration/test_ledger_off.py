@@ -189,7 +189,10 @@ def test_shutdown_gives_back_what_does_not_end(project: Project, tasks: Any, led
     assert queue_length(project.broker, "second") == 1
     second.start()
     ledger.open_gate("given back")
-    assert ledger.notes("given back", 3 if pool == "prefork" else 4)[-1] == "ended"
+    wait_until(lambda: "ended" in ledger.notes_now("given back"), 60, "the next worker to run it")
+    # Whether a child that the pool ends writes that it was cancelled is a matter of milliseconds.
+    began = [note.split()[0] for note in ledger.notes_now("given back") if note != "cancelled"]
+    assert began == ["began", "began", "ended"]
     second.terminate()
 
 
