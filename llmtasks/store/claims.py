@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -33,8 +32,7 @@ from llmtasks.store.rows import runs, state_in
 from llmtasks.store.rows import slots as slot_rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Offer(NamedTuple):
     """A message that asks a worker to run something, as the claim needs it; ``args`` to ``envelope`` are JSON texts."""
 
     id: str
@@ -56,8 +54,7 @@ class Offer:
     created_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(NamedTuple):
     """A run that this process holds now. ``state`` is running, or final where only its end is to be told."""
 
     id: str
@@ -67,16 +64,16 @@ class Claim:
     attempts: int
     max_retries: int | None
     retry_delay: float
-    schedule_id: str | None
-    scheduled_for: datetime | None
-    function_slots: int | None
-    schedule_slots: int | None
-    callback_calls: int
-    reason: str | None
-    result: str | None
-    failure: str | None
-    cancel_requested_at: datetime | None
     created_at: datetime
+    function_slots: int | None
+    schedule_slots: int | None = None
+    schedule_id: str | None = None
+    scheduled_for: datetime | None = None
+    callback_calls: int = 0
+    reason: str | None = None
+    result: str | None = None
+    failure: str | None = None
+    cancel_requested_at: datetime | None = None
 
     @property
     def is_slotless(self) -> bool:
@@ -84,10 +81,11 @@ class Claim:
         return self.function_slots is None and self.schedule_slots is None
 
 
-RETURNED: Final = [runs.c[name] for name in Claim.__dataclass_fields__]
+_STATE: Final = Claim._fields.index("state")
+RETURNED: Final = [runs.c[name] for name in Claim._fields]
 _NOW: Final = bindparam("now", type_=UtcDateTime())
 #: The row of a run that is not in the ledger yet, taken from the start.
-NEW: Final[dict[str, Any]] = {name: bindparam(name, type_=runs.c[name].type) for name in Offer.__dataclass_fields__} | {
+NEW: Final[dict[str, Any]] = {name: bindparam(name, type_=runs.c[name].type) for name in Offer._fields} | {
     "name": bindparam("func_name", type_=runs.c.func_name.type),
     "state": RunState.RUNNING,
     "claim_no": literal_column("1"),
@@ -168,8 +166,9 @@ def _take(_dialect: str, condition: Callable[[Any], ColumnElement[bool]]) -> Any
 
 _CLAIM: Final = Prepared(partial(_claim, condition=_takeable), RETURNED)
 _CLAIM_ALONE: Final = Prepared(partial(_claim, condition=takeable_alone), RETURNED)
+#: Takes a run that is not in the ledger.
+INSERT: Final = Prepared(lambda dialect: insert_into(runs, dialect).values(NEW))
 # MariaDB's INSERT has no condition for what it changes: there a claim takes a statement for each step.
-_INSERT: Final = Prepared(lambda dialect: insert_into(runs, dialect).values(NEW))
 _ENSURE: Final = Prepared(
     lambda dialect: insert_or_lock(runs, dialect, "id").values(
         {**NEW, "state": RunState.PENDING, "claim_no": literal_column("0"), "started_at": null()}
@@ -221,7 +220,7 @@ def claim_slotless(lone: Lone | Connection, offer: Offer, now: datetime, silent_
         _ENSURE.count(lone, values)
         return taken(_READ.one(lone, values)) if _TAKE_ALONE.count(lone, values) else None
     try:
-        _INSERT.count(lone, values)
+        INSERT.count(lone, values)
     except lone.dialect.loaded_dbapi.IntegrityError:
         if not _TAKE_ALONE.count(lone, values):
             return None
@@ -230,7 +229,7 @@ def claim_slotless(lone: Lone | Connection, offer: Offer, now: datetime, silent_
 
 def values_of(offer: Offer, now: datetime, silent_since: datetime) -> dict[str, Any]:
     """What a claiming statement is given."""
-    values = {name: getattr(offer, name) for name in Offer.__dataclass_fields__}
+    values = offer._asdict()
     values["created_at"] = min(offer.created_at or now, now)  # senders' clocks may be ahead
     return values | {"now": now, "silent_since": silent_since}
 
@@ -239,9 +238,8 @@ def taken(row: list[Any] | None) -> Claim | None:
     """The claim that a row of ``RETURNED`` is."""
     if row is None:
         return None
-    found = dict(zip(Claim.__dataclass_fields__, row, strict=True))
-    found["state"] = RunState(found["state"])
-    return Claim(**found)
+    row[_STATE] = RunState(row[_STATE])
+    return Claim._make(row)
 
 
 def take_slots(tx: Connection, app: str, func_name: str, claim: Claim, now: datetime) -> str | None:

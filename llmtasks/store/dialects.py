@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import ARRAY, Column, ColumnElement, Table, any_, bindparam, column, func
+from sqlalchemy import ARRAY, Column, ColumnElement, Table, any_, bindparam
 
 if TYPE_CHECKING:
     from sqlalchemy import Insert, Select
-    from sqlalchemy.types import TypeEngine
 
 #: How SQLAlchemy calls MariaDB; a session of the application's may call it by either name.
 MARIADB: Final = frozenset({"mysql", "mariadb"})
@@ -63,14 +62,6 @@ def insert_into(table: Table, dialect: str) -> Any:
     from sqlalchemy.dialects import sqlite
 
     return sqlite.insert(table)
-
-
-def unnested(types: Mapping[str, TypeEngine[Any]]) -> dict[str, ColumnElement[Any]]:
-    """Columns of a table whose rows are the values given: for each name a list, all of one length. PostgreSQL's own."""
-    lists = [bindparam(name, type_=ARRAY(kind)) for name, kind in types.items()]
-    columns = [column(name, kind) for name, kind in types.items()]
-    table = func.unnest(*lists).table_valued(*columns, name="given").render_derived()
-    return {name: table.c[name] for name in types}
 
 
 def by_index(query: Select[Any], table: Table, index: str) -> Select[Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -36,8 +35,7 @@ from llmtasks.store.prepared import Prepared
 from llmtasks.store.rows import runs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
+class End(NamedTuple):
     """How an attempt ended; ``result`` and ``failure`` are JSON texts."""
 
     state: RunState
@@ -85,6 +83,16 @@ GIVEN: Final[dict[str, TypeEngine[Any]]] = {
 }
 
 
+#: What ``ending_for_good`` is given of them.
+GIVEN_FOR_GOOD: Final = {
+    name: GIVEN[name]
+    for name in (
+        "run_id", "claim", "to", "counted", "keeps", "now", "told", "why", "value", "line", "packed", "trace",
+        "wall", "cpu", "peak",
+    )
+}  # fmt: skip
+
+
 def ending(given: Mapping[str, ColumnElement[Any]]) -> Update:
     """The statement that ends an attempt, or many: under its claim, and while it runs."""
     to, now = given["to"], given["now"]
@@ -125,7 +133,37 @@ def ending(given: Mapping[str, ColumnElement[Any]]) -> Update:
     )
 
 
-_END: Final = Prepared(lambda _dialect: ending({name: bindparam(name, type_=kind) for name, kind in GIVEN.items()}))
+def ending_for_good(given: Mapping[str, ColumnElement[Any]]) -> Update:
+    """The same where the run is over (``is_for_good``): a third of what it costs SQLite to ask what does not matter."""
+    return (
+        update(runs)
+        .where(runs.c.id == given["run_id"], runs.c.claim_no == given["claim"], runs.c.state == RunState.RUNNING)
+        .values(
+            state=given["to"],
+            attempts=runs.c.attempts + given["counted"],
+            owner=case((given["keeps"], runs.c.owner), else_=null()),
+            heartbeat_at=given["now"],
+            ended_at=given["now"],
+            delivered=given["told"],
+            reason=given["why"],
+            result=given["value"],
+            error=given["line"],
+            failure=given["packed"],
+            traceback=given["trace"],
+            next_attempt_at=null(),
+            run_seconds=given["wall"],
+            cpu_seconds=given["cpu"],
+            peak_memory=given["peak"],
+        )
+    )
+
+
+def _bound(types: Mapping[str, TypeEngine[Any]]) -> dict[str, ColumnElement[Any]]:
+    return {name: bindparam(name, type_=kind) for name, kind in types.items()}
+
+
+_END: Final = Prepared(lambda _dialect: ending(_bound(GIVEN)))
+_END_FOR_GOOD: Final = Prepared(lambda _dialect: ending_for_good(_bound(GIVEN_FOR_GOOD)))
 
 
 def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, list[str]]:
@@ -134,7 +172,7 @@ def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, li
     Returns:
         Whether the run was still ours, and the ids of the runs that got its slots.
     """
-    if _END.count(tx, values_of(claim, how, now)) != 1:
+    if not _write(tx, claim, how, now):
         return False, []
     if how.replacement is not None:
         outbox.put_pending(tx, claim.id, now)
@@ -150,7 +188,17 @@ def is_lone(claim: Claim, how: End) -> bool:
 
 def end_lone(lone: Lone | Connection, claim: Claim, how: End, now: datetime) -> bool:
     """End the attempt of a claim in this one statement; says whether the run was still ours."""
-    return _END.count(lone, values_of(claim, how, now)) == 1
+    return _write(lone, claim, how, now)
+
+
+def is_for_good(how: End) -> bool:
+    """Whether the run is over with this attempt, as it was."""
+    return how.state in ENDED and how.replacement is None and how.args is None and how.kwargs is None
+
+
+def _write(tx: Connection | Lone, claim: Claim, how: End, now: datetime) -> bool:
+    statement = _END_FOR_GOOD if is_for_good(how) else _END
+    return statement.count(tx, values_of(claim, how, now)) == 1
 
 
 def values_of(claim: Claim, how: End, now: datetime) -> dict[str, Any]:

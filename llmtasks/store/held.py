@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Integer, String, Text, Update, bindparam, case, func, select, update
 from sqlalchemy.types import TypeEngine
 
 from llmtasks.states import ENDED, RunState
+from llmtasks.store.batches import Batch
 from llmtasks.store.claims import OURS
-from llmtasks.store.dialects import unnested
-from llmtasks.store.prepared import Prepared
 from llmtasks.store.rows import runs, state_in
 
 # Rows are locked in the order of their ids, as everybody does who locks several: no two wait for each other.
@@ -67,10 +65,7 @@ def _delivered(given: Mapping[str, ColumnElement[Any]]) -> Update:
     )
 
 
-_DELIVERED: Final = Prepared(
-    lambda _dialect: _delivered({name: bindparam(name, type_=kind) for name, kind in _GIVEN.items()})
-)
-_ALL_DELIVERED: Final = Prepared(lambda _dialect: _delivered(unnested(_GIVEN)))
+_DELIVERED: Final = Batch(lambda _, given: _delivered(given), _GIVEN)
 _LET_GO: Final = update(runs).where(OURS, state_in(ENDED)).values(owner=None)
 _CALLBACK: Final = update(runs).where(OURS).values(callback_calls=runs.c.callback_calls + 1)
 _REMARK: Final = update(runs).where(OURS).values(reason=bindparam("why"))
@@ -91,28 +86,21 @@ def cancel_requests(tx: Connection, app: str, owner: str) -> dict[str, tuple[int
     }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivered:
+class Delivered(NamedTuple):
     """An end that Celery was told; from now on the ledger keeps only what people read."""
 
     run_id: str
     claim: int
+    #: Characters that each long text is cut to.
+    keep: int
     #: Arguments as JSON without what must not stay; None keeps what is there.
     hidden_args: str | None = None
     hidden_kwargs: str | None = None
-    #: Characters that each long text is cut to.
-    keep: int
 
 
 def mark_delivered(tx: Connection, ends: list[Delivered]) -> None:
     """Celery was told these ends: nobody holds the runs any more, and what sending again needed is dropped."""
-    in_order = [{name: getattr(item, name) for name in _GIVEN} for item in sorted(ends, key=lambda item: item.run_id)]
-    if not in_order:
-        return
-    if tx.dialect.name != "postgresql":
-        _DELIVERED.many(tx, in_order)
-    else:
-        _ALL_DELIVERED.count(tx, {name: [item[name] for item in in_order] for name in _GIVEN})
+    _DELIVERED.run(tx, (item._asdict() for item in sorted(ends)))
 
 
 def let_go(tx: Connection, run_id: str, claim_no: int) -> None:

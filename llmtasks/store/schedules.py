@@ -13,7 +13,6 @@ from sqlalchemy import Connection, Row, bindparam, func, insert, select, text, u
 from llmtasks.errors import ConfigurationError, TaskNotFoundError
 from llmtasks.states import ScheduleState
 from llmtasks.store.batches import Batch
-from llmtasks.store.columns import UtcDateTime
 from llmtasks.store.dialects import by_index, insert_if_new
 from llmtasks.store.rows import schedules
 from llmtasks.triggers import Cron, Interval, Once, Trigger
@@ -135,22 +134,20 @@ _NEXT: Final = (
     .order_by(schedules.c.next_run_at)
     .limit(1)
 )
+_ADVANCED: Final = ("id", "next_run_at", "last_run_at", "state", "reason", "fired")
 _ADVANCE: Final = Batch(
-    lambda _: (
+    lambda _, given: (
         update(schedules)
-        .where(schedules.c.id == bindparam("id"))
+        .where(schedules.c.id == given["id"])
         .values(
-            next_run_at=bindparam("next_run_at"),
-            last_run_at=func.coalesce(bindparam("last_run_at", type_=UtcDateTime()), schedules.c.last_run_at),
-            state=bindparam("state"),
-            reason=bindparam("reason"),
-            fired=schedules.c.fired + bindparam("fired"),
+            next_run_at=given["next_run_at"],
+            last_run_at=func.coalesce(given["last_run_at"], schedules.c.last_run_at),
+            state=given["state"],
+            reason=given["reason"],
+            fired=schedules.c.fired + given["fired"],
         )
     ),
-    f"UPDATE {schedules.name} AS old SET next_run_at = new.next_run_at, "
-    "last_run_at = coalesce(new.last_run_at, old.last_run_at), state = new.state, reason = new.reason, "
-    "fired = old.fired + new.fired FROM {rows} AS new WHERE old.id = new.id",
-    schedules,
+    {name: schedules.c[name].type for name in _ADVANCED},
 )
 
 
