@@ -85,7 +85,7 @@ def claim_run(task: Any, options: TaskOptions) -> Hold:
     if full is not None:
         logger.info("run %s does not start: %s", claim.id, full)
         raise Ignore(full)
-    soft, hard = limits_of(task)
+    soft, hard = limits_of(task, request)
     body = Body(soft_limit=soft, hard_limit=hard, name=f"run {claim.id} of {task.name}")
     hold = Hold(station=at, claim=claim, body=body, args=offer.args, kwargs=offer.kwargs)
     holdings.hold(hold)
@@ -100,9 +100,9 @@ def name_links(request: Any) -> None:
                 link["options"].setdefault("task_id", str(uuid.uuid5(_as_uuid(request.id), f"{kind}{index}")))
 
 
-def limits_of(task: Any) -> tuple[float | None, float | None]:
+def limits_of(task: Any, request: Any) -> tuple[float | None, float | None]:
     """Seconds after which the function is told that its time is up, and is ended: of the message, else of the task."""
-    hard, soft = task.request.timelimit or (None, None)
+    hard, soft = request.timelimit or (None, None)
     return soft or task.soft_time_limit or None, hard or task.time_limit or None
 
 

@@ -30,7 +30,7 @@ def run_off_ledger(task: Any, options: TaskOptions, args: tuple[Any, ...], kwarg
     request._protected = 1  # a nested call of the same task is a plain call
     if getattr(request, sender.DELIVER_HEADER, None):
         raise Ignore("it tells the end of a run from before the function's ledger was off")
-    soft, hard = limits_of(task)
+    soft, hard = limits_of(task, request)
     body = Body(soft_limit=soft, hard_limit=hard)
     install_soft_limit()
     current.inside = True

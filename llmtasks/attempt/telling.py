@@ -37,8 +37,10 @@ TOLD: Final = {RunState.SUCCEEDED: celery_states.SUCCESS, RunState.FAILED: celer
 
 def say_started(task: Any) -> None:
     """Store STARTED where ``track_started`` asks for it; the tracer itself would fail the run if it could not."""
+    if not task.says_started:
+        return
     request = task.request
-    if not task.says_started or sender.ignores_result(task, request):
+    if sender.ignores_result(task, request):
         return
     try:
         about = {"pid": os.getpid(), "hostname": request.hostname}
@@ -112,8 +114,10 @@ def _is_chord_sent(task: Any, hold: Hold) -> bool:
     The Redis backend lets one process send the body, and the others pass for as long as that one's claim lives
     (backends/redis.py:104-142). It may be the claim of the process that died here before.
     """
+    if hold.claim.state not in ENDED:
+        return True
     request = task.request
-    if not request.chord or not request.group or hold.claim.state not in ENDED:
+    if not request.chord or not request.group:
         return True
     if bridge.tracer_here() is not None:
         return bridge.in_thread(lambda: _is_chord_sent(task, hold))
