@@ -139,7 +139,7 @@ def _wait_on_shared(stepper: Stepper[R], body: Body, context: contextvars.Contex
 def _wait_in_tracer(tracer: Tracer, stepper: Stepper[R], body: Body, context: contextvars.Context) -> R:
     task = body.begin(tracer.loop, stepper, context)
     try:
-        return tracer.wait_aside(task, body.hard_limit)
+        return tracer.wait_for(task, body.hard_limit)
     except TimeoutError:
         if task.done():
             raise

@@ -27,10 +27,6 @@ class Traced(Protocol):
         """Run: synchronous code that may wait for futures."""
         ...
 
-    def stand_aside(self, aside: bool) -> None:
-        """Now it only waits for something that may take any time, a coroutine or a thread; or it goes on."""
-        ...
-
     def end(self, value: Any, error: BaseException | None) -> None:
         """It returned a value, or raised."""
         ...
@@ -77,17 +73,6 @@ class Tracer(greenlet):
         if traced is not None:
             traced.end(value, error)
 
-    def wait_aside(self, future: asyncio.Future[R], limit: float | None = None) -> R:
-        """Wait for what may take any time. Called inside this greenlet; raises as ``wait_for`` does."""
-        traced = self._traced
-        if traced is None:  # never: it has not ended
-            return self.wait_for(future, limit)
-        traced.stand_aside(True)
-        try:
-            return self.wait_for(future, limit)
-        finally:
-            traced.stand_aside(False)
-
     def wait_for(self, future: asyncio.Future[R], limit: float | None = None) -> R:
         """Wait for a future, called inside this greenlet.
 
@@ -120,4 +105,4 @@ def in_thread(function: Callable[[], R]) -> R:
     tracer = tracer_here()
     if tracer is None:
         return function()
-    return tracer.wait_aside(tracer.loop.run_in_executor(tracer.executor, of_this_tracer().run, function))
+    return tracer.wait_for(tracer.loop.run_in_executor(tracer.executor, of_this_tracer().run, function))

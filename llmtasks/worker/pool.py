@@ -35,9 +35,6 @@ from llmtasks.worker.callbacks import Callbacks
 THREADS: Final = 32
 #: Threads for what a tracer would block the loop with.
 BLOCKING: Final = 4
-#: Tracers that claim, end and tell runs at once: more of them only wait for each other, and what they keep in memory
-#: meanwhile was a tenth of what an empty run costs. Those whose coroutines run do not count.
-BUSY: Final = 64
 #: Seconds between two looks at timers and the end while the pool drains.
 DRAIN_TICK: Final = 0.1
 #: Seconds that coroutines get to tidy up when the worker is ended at once.
@@ -62,10 +59,6 @@ class Job:
     def trace(self) -> Any:
         """Run Celery's tracer."""
         return self.target(*self.args, **self.kwargs)
-
-    def stand_aside(self, aside: bool) -> None:
-        """Its tracer leaves its place to others, or goes on."""
-        self.pool.count_busy(-1 if aside else 1)
 
     def end(self, value: Any, error: BaseException | None) -> None:
         """The tracer has ended."""
@@ -95,9 +88,7 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
         self._waiting: deque[Job] = deque()
         self._closing = False
         self._running = 0
-        self._busy = 0
         self._peak = 0
-        self._starts = False
         self._main = Callbacks()
         self._is_async: dict[str, bool] = {}
         # Their threads begin with what is given to them.
@@ -218,34 +209,22 @@ class AsyncioPool(_BasePool):  # type: ignore[misc]  # Any as a base, see above
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        self._starts = False
-        while self._waiting and (self._has_room() or self._closing):
+        while self._waiting and (self._running < self.limit or self._closing):
             job = self._waiting.popleft()
             if self._closing:
                 self._main.ask(self._forget, job)
                 continue
             self._running += 1
-            self._busy += 1
             self._peak = max(self._peak, self._running)
             self._accept(job)
             Tracer(job, self._loop, self._blocking).proceed()
-
-    def _has_room(self) -> bool:
-        return self._running < self.limit and self._busy < BUSY
-
-    def count_busy(self, change: int) -> None:
-        """A tracer begins, or ends, to wait for something that may take any time."""
-        self._busy += change
-        if self._waiting and not self._starts and self._has_room():
-            self._starts = True
-            # Not in this tracer's greenlet, nor in its context.
-            self._loop.call_soon(self._start_waiting, context=contextvars.Context())
 
     def end_on_loop(self, job: Job, value: Any, error: BaseException | None) -> None:
         """A tracer has ended, in the loop's own greenlet."""
         self._running -= 1
         self._end(job, value, error)
-        self.count_busy(-1)
+        if self._waiting:
+            self._start_waiting()
 
     def _run_in_thread(self, job: Job) -> None:
         if self._closing:

@@ -25,14 +25,10 @@ VALUE = contextvars.ContextVar("value", default="nobody's")
 
 @dataclass(eq=False)
 class Run:
-    """A run that is traced, how it ended, and whether it stood aside for others."""
+    """A run that is traced, and how it ended."""
 
     trace: Callable[[], Any]
     outcomes: list[Outcome] = field(default_factory=list)
-    asides: list[bool] = field(default_factory=list)
-
-    def stand_aside(self, aside: bool) -> None:
-        self.asides.append(aside)
 
     def end(self, value: Any, error: BaseException | None) -> None:
         self.outcomes.append((value, error))
@@ -75,22 +71,6 @@ async def test_tracers_wait_for_coroutines_side_by_side() -> None:
     outcomes = await traced(*(lambda name=name: bridge.call(meet, (name,), {}, Body()) for name in "ab"))
 
     assert outcomes == [("a", None), ("b", None)]
-
-
-async def test_tracer_stands_aside_while_its_coroutine_or_a_thread_works() -> None:
-    """It says so when it begins to wait for them and when it goes on, also where that fails."""
-
-    async def fail() -> None:
-        raise ValueError("a failure")
-
-    def run() -> None:
-        bridge.call(nap, (), {}, Body())
-        bridge.in_thread(lambda: None)
-        bridge.call(fail, (), {}, Body())
-
-    (ended,) = await runs_of(run)
-
-    assert ended.asides == [True, False] * 3
 
 
 async def test_ended_run_is_free_at_once() -> None:
