@@ -83,6 +83,7 @@ class RunConsumer(Consumer):
     def on_close(self) -> None:
         """The connection is gone, and what was fetched and not begun is the broker's again; or the worker ends."""
         super().on_close()
+        self._events_are_due = False  # timers may be gone with the connection
         if self.gate.is_open:
             self.gate.forget()
 
