@@ -117,7 +117,7 @@ def meta_of(app: Any, result: Any, state: str, traceback: Any, request: Any, *, 
         "status": state,
         "result": result,
         "traceback": traceback,
-        "children": [child.as_tuple() for child in getattr(request, "children", None) or ()],
+        "children": [child.as_tuple() for child in request.children or ()],
         "date_done": datetime.now(app.timezone).isoformat() if state in states.READY_STATES else None,
     }
     if request.group:

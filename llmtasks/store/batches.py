@@ -39,10 +39,7 @@ class Batch:
         returning: Sequence[Column[Any]] = (),
     ) -> None:
         self._names = tuple(types)
-        self._each = Prepared(
-            lambda dialect: build(dialect, {name: bindparam(name, type_=kind) for name, kind in types.items()}),
-            returning,
-        )
+        self._each = Prepared(lambda dialect: build(dialect, bound(types)), returning)
         self._together = Prepared(lambda dialect: build(dialect, _listed(types)), returning)
 
     def run(self, tx: Connection, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -72,6 +69,11 @@ def insertion(table: Table, names: Sequence[str]) -> Batch:
         return statement.from_select(list(given), select(*given.values()))
 
     return Batch(build, {name: table.c[name].type for name in names})
+
+
+def bound(types: Mapping[str, TypeEngine[Any]]) -> Given:
+    """The values of one row, bound by their names."""
+    return {name: bindparam(name, type_=kind) for name, kind in types.items()}
 
 
 def _listed(types: Mapping[str, TypeEngine[Any]]) -> Given:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
-    ColumnElement,
     Connection,
     Float,
     Integer,
@@ -17,7 +15,6 @@ from sqlalchemy import (
     Text,
     Update,
     and_,
-    bindparam,
     case,
     func,
     null,
@@ -28,6 +25,7 @@ from sqlalchemy.types import TypeEngine
 
 from llmtasks.states import ENDED, RunState
 from llmtasks.store import outbox, slots
+from llmtasks.store.batches import Given, bound
 from llmtasks.store.claims import Claim
 from llmtasks.store.columns import UtcDateTime
 from llmtasks.store.lone import Lone
@@ -93,7 +91,7 @@ GIVEN_FOR_GOOD: Final = {
 }  # fmt: skip
 
 
-def ending(given: Mapping[str, ColumnElement[Any]]) -> Update:
+def ending(given: Given) -> Update:
     """The statement that ends an attempt, or many: under its claim, and while it runs."""
     to, now = given["to"], given["now"]
     # Somebody asked to cancel the run: it has no next attempt.
@@ -103,67 +101,59 @@ def ending(given: Mapping[str, ColumnElement[Any]]) -> Update:
     )
     # Another function takes the run's place, from its first attempt on; it brings its own message.
     replaced = and_(given["instead"].is_not(None), ~given_up)
-    return (
-        update(runs)
-        .where(runs.c.id == given["run_id"], runs.c.claim_no == given["claim"], runs.c.state == RunState.RUNNING)
-        .values(
-            state=case((given_up, RunState.CANCELLED.value), else_=to),
-            attempts=case((replaced, 0), else_=runs.c.attempts + given["counted"]),
-            max_retries=case((replaced, null()), else_=runs.c.max_retries),
-            owner=case((given["keeps"], runs.c.owner), else_=null()),
-            heartbeat_at=now,
-            delivered=given["told"],
+    return _ours_that_run(given).values(
+        {
+            **_outcome(given),
+            "state": case((given_up, RunState.CANCELLED.value), else_=to),
+            "attempts": case((replaced, 0), else_=runs.c.attempts + given["counted"]),
+            "max_retries": case((replaced, null()), else_=runs.c.max_retries),
             # Back in its queue: from now on it may be missed there.
-            published_at=case((to == RunState.QUEUED.value, now), else_=runs.c.published_at),
-            ended_at=case((given_up, now), else_=given["ended"]),
-            reason=case((given_up, runs.c.reason), else_=given["why"]),
-            result=given["value"],
-            error=given["line"],
-            failure=given["packed"],
-            traceback=given["trace"],
-            next_attempt_at=case((given_up, null()), else_=given["again_at"]),
-            run_seconds=given["wall"],
-            cpu_seconds=given["cpu"],
-            peak_memory=given["peak"],
-            args=func.coalesce(given["new_args"], runs.c.args),
-            kwargs=func.coalesce(given["new_kwargs"], runs.c.kwargs),
-            envelope=case((replaced, null()), else_=runs.c.envelope),
-            replacement=case((replaced, given["instead"]), else_=null()),
-        )
+            "published_at": case((to == RunState.QUEUED.value, now), else_=runs.c.published_at),
+            "ended_at": case((given_up, now), else_=given["ended"]),
+            "reason": case((given_up, runs.c.reason), else_=given["why"]),
+            "next_attempt_at": case((given_up, null()), else_=given["again_at"]),
+            "args": func.coalesce(given["new_args"], runs.c.args),
+            "kwargs": func.coalesce(given["new_kwargs"], runs.c.kwargs),
+            "envelope": case((replaced, null()), else_=runs.c.envelope),
+            "replacement": case((replaced, given["instead"]), else_=null()),
+        }
     )
 
 
-def ending_for_good(given: Mapping[str, ColumnElement[Any]]) -> Update:
-    """The same where the run is over (``is_for_good``): a third of what it costs SQLite to ask what does not matter."""
-    return (
-        update(runs)
-        .where(runs.c.id == given["run_id"], runs.c.claim_no == given["claim"], runs.c.state == RunState.RUNNING)
-        .values(
-            state=given["to"],
-            attempts=runs.c.attempts + given["counted"],
-            owner=case((given["keeps"], runs.c.owner), else_=null()),
-            heartbeat_at=given["now"],
-            ended_at=given["now"],
-            delivered=given["told"],
-            reason=given["why"],
-            result=given["value"],
-            error=given["line"],
-            failure=given["packed"],
-            traceback=given["trace"],
-            next_attempt_at=null(),
-            run_seconds=given["wall"],
-            cpu_seconds=given["cpu"],
-            peak_memory=given["peak"],
-        )
+def ending_for_good(given: Given) -> Update:
+    """The same where the run is over (``is_for_good``): SQLite takes two fifths of the time for it."""
+    return _ours_that_run(given).values(_outcome(given))
+
+
+def _ours_that_run(given: Given) -> Update:
+    return update(runs).where(
+        runs.c.id == given["run_id"], runs.c.claim_no == given["claim"], runs.c.state == RunState.RUNNING
     )
 
 
-def _bound(types: Mapping[str, TypeEngine[Any]]) -> dict[str, ColumnElement[Any]]:
-    return {name: bindparam(name, type_=kind) for name, kind in types.items()}
+def _outcome(given: Given) -> dict[str, Any]:
+    """What an attempt changes that is its run's last."""
+    return {
+        "state": given["to"],
+        "attempts": runs.c.attempts + given["counted"],
+        "owner": case((given["keeps"], runs.c.owner), else_=null()),
+        "heartbeat_at": given["now"],
+        "ended_at": given["now"],
+        "delivered": given["told"],
+        "reason": given["why"],
+        "result": given["value"],
+        "error": given["line"],
+        "failure": given["packed"],
+        "traceback": given["trace"],
+        "next_attempt_at": null(),
+        "run_seconds": given["wall"],
+        "cpu_seconds": given["cpu"],
+        "peak_memory": given["peak"],
+    }
 
 
-_END: Final = Prepared(lambda _dialect: ending(_bound(GIVEN)))
-_END_FOR_GOOD: Final = Prepared(lambda _dialect: ending_for_good(_bound(GIVEN_FOR_GOOD)))
+_END: Final = Prepared(lambda _dialect: ending(bound(GIVEN)))
+_END_FOR_GOOD: Final = Prepared(lambda _dialect: ending_for_good(bound(GIVEN_FOR_GOOD)))
 
 
 def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, list[str]]:
@@ -172,7 +162,7 @@ def end(tx: Connection, claim: Claim, how: End, now: datetime) -> tuple[bool, li
     Returns:
         Whether the run was still ours, and the ids of the runs that got its slots.
     """
-    if not _write(tx, claim, how, now):
+    if not end_lone(tx, claim, how, now):
         return False, []
     if how.replacement is not None:
         outbox.put_pending(tx, claim.id, now)
@@ -188,17 +178,13 @@ def is_lone(claim: Claim, how: End) -> bool:
 
 def end_lone(lone: Lone | Connection, claim: Claim, how: End, now: datetime) -> bool:
     """End the attempt of a claim in this one statement; says whether the run was still ours."""
-    return _write(lone, claim, how, now)
+    statement = _END_FOR_GOOD if is_for_good(how) else _END
+    return statement.count(lone, values_of(claim, how, now)) == 1
 
 
 def is_for_good(how: End) -> bool:
     """Whether the run is over with this attempt, as it was."""
     return how.state in ENDED and how.replacement is None and how.args is None and how.kwargs is None
-
-
-def _write(tx: Connection | Lone, claim: Claim, how: End, now: datetime) -> bool:
-    statement = _END_FOR_GOOD if is_for_good(how) else _END
-    return statement.count(tx, values_of(claim, how, now)) == 1
 
 
 def values_of(claim: Claim, how: End, now: datetime) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Delivered(NamedTuple):
 
 def mark_delivered(tx: Connection, ends: list[Delivered]) -> None:
     """Celery was told these ends: nobody holds the runs any more, and what sending again needed is dropped."""
-    _DELIVERED.run(tx, (item._asdict() for item in sorted(ends)))
+    _DELIVERED.run(tx, (item._asdict() for item in sorted(ends, key=lambda item: item.run_id)))
 
 
 def let_go(tx: Connection, run_id: str, claim_no: int) -> None:

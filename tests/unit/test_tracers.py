@@ -96,7 +96,10 @@ async def test_ended_run_is_free_at_once() -> None:
 
     gc.disable()
     try:
-        runs = WeakSet(await runs_of(run, run))
+        ended = await runs_of(run, run)
+        assert [run.outcomes for run in ended] == [[(None, None)]] * 2
+        runs = WeakSet(ended)
+        del ended
         await asyncio.sleep(0)  # the last callbacks of the loop are over
         assert not [*runs, *bodies, *values]
     finally:
