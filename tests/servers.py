@@ -58,6 +58,9 @@ class Valkey:
 
     OPTIONS: ClassVar = {
         "--appendonly": "yes",
+        # Written before it answers, so that SIGKILL loses nothing. With everysec it may answer first, while an fsync is
+        # under way.
+        "--appendfsync": "no",
         "--save": "",
         "--maxmemory-policy": "noeviction",
         "--daemonize": "no",

@@ -26,8 +26,9 @@ TASKS = """
         pass
 """
 EVERY = timedelta(seconds=0.5)
-#: From an instant to its message, whoever died.
-COVERED = timedelta(seconds=4)
+#: From an instant to its message, whoever died, on a busy machine: soon enough to be the other beat's doing, not that of
+#: who looks after queued runs without a message, which takes half a minute.
+COVERED = timedelta(seconds=10)
 
 pytestmark = [pytest.mark.redis, pytest.mark.fault, pytest.mark.slow]
 

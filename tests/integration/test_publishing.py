@@ -356,7 +356,10 @@ async def least_lag_while(work: Callable[[], Any], rounds: int) -> tuple[float, 
 
 
 async def test_adelay_does_not_hold_up_the_event_loop(project: Project, tasks: Any) -> None:
-    """While 200 are sent at a time, or while the broker is away, it holds the loop for less than 10 ms of its time."""
+    """While 200 are sent at a time, or while the broker is away, it holds the loop for less than 30 ms of its time.
+
+    Sent on the loop they would take 80 ms. ``benchmarks publish`` says what they take, on a machine that is not busy.
+    """
 
     async def many() -> None:
         await asyncio.gather(*(tasks["add"].adelay(number) for number in range(200)))
@@ -367,12 +370,12 @@ async def test_adelay_does_not_hold_up_the_event_loop(project: Project, tasks: A
 
     await many()
     late, own = await least_lag_while(many, 10)
-    assert own < 0.010
+    assert own < 0.030
     assert late < 0.1
     assert queue_length(project.broker) == 2200
     project.broker.kill()
     late, own = await least_lag_while(refused, 4)
-    assert own < 0.010
+    assert own < 0.030
     assert late < 0.1
 
 

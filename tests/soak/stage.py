@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 
@@ -16,16 +16,6 @@ from tests.servers import PostgreSQL, Valkey, postgresql
 from tests.soak.plan import Step
 
 TASKS = "tests.soak.tasks"
-
-
-class KeepingValkey(Valkey):
-    """A Valkey that has on disk what it acknowledged.
-
-    With ``everysec`` it may answer before it has written, while an fsync is under way: SIGKILL then loses what the
-    promise about ``.delay()`` says is as safe as the broker's data.
-    """
-
-    OPTIONS: ClassVar = {**Valkey.OPTIONS, "--appendfsync": "always"}
 
 
 class Stage:
@@ -133,7 +123,7 @@ class Stage:
 def stage(folder: Path, *, on_postgresql: bool, say: Callable[[str], None]) -> Iterator[Stage]:
     """Start servers and processes; all of it is gone afterwards."""
     with contextlib.ExitStack() as stack:
-        broker = KeepingValkey(folder / "broker", unix=True)
+        broker = Valkey(folder / "broker", unix=True)
         stack.callback(broker.close)
         server = stack.enter_context(postgresql(folder)) if on_postgresql else None
         url = server.create_database() if server else f"sqlite:///{folder / 'ledger.db'}"
