@@ -44,7 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run pytest-celery's nodes in its own containers (default: as local processes)",
     )
 
-    parser.addoption("--pool", default="prefork", help="the pool of workers whose test does not choose one (prefork)")
+    pool = processes.DEFAULT_POOL
+    parser.addoption("--pool", default=pool, help=f"the pool of workers whose test does not choose one ({pool})")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -23,7 +23,7 @@ from tests.servers import Valkey, free_port
 REPOSITORY = Path(__file__).parents[1]
 START_TIMEOUT = 90
 #: LLMTASKS_POOL of workers for which nobody chooses one; ``pytest --pool`` sets it.
-DEFAULT_POOL = "prefork"
+DEFAULT_POOL = "asyncio"
 
 
 class CeleryProcess(ChildProcess):

@@ -26,8 +26,8 @@ TASKS = """
         pass
 """
 EVERY = timedelta(seconds=0.5)
-#: From an instant to its message, whoever died, on a busy machine: soon enough to be the other beat's doing, not that of
-#: who looks after queued runs without a message, which takes half a minute.
+#: From an instant to its message, whoever died, on a busy machine: soon enough to be the other beat's doing. Who looks
+#: after queued runs without a message needs half a minute.
 COVERED = timedelta(seconds=10)
 
 pytestmark = [pytest.mark.redis, pytest.mark.fault, pytest.mark.slow]

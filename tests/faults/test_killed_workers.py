@@ -53,9 +53,9 @@ TASKS = """
 
 
     @task_registry.register(name="kills_its_worker", bind=True, max_retries=1, retry_delay=0, on_failure=tell)
-    def kills_its_worker(self, name):
+    def kills_its_worker(self, name, is_a_child):
         note(name, self.request.retries)
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getppid() if is_a_child else os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
 
@@ -117,7 +117,7 @@ def test_run_of_a_killed_worker_stays_unique(start_worker: Start, tasks: Any, le
 
 def test_run_of_a_killed_child_is_run_again_at_once(start_worker: Start, tasks: Any, ledger: Ledger) -> None:
     """The main process sees its child die and does not wait for the lease."""
-    worker = start_worker()
+    worker = start_worker(pool="prefork")
     result = tasks["passes"].delay("child", 1)
     [pid] = ledger.notes("child", 1)
 
@@ -133,7 +133,7 @@ def test_run_of_a_killed_child_is_run_again_at_once(start_worker: Start, tasks: 
 
 def test_run_that_kills_its_process_each_time_fails(start_worker: Start, tasks: Any, ledger: Ledger) -> None:
     """After max_retries + 1 attempts the result is WorkerLostError, on_failure and the errback hear of it, once."""
-    start_worker()
+    start_worker(pool="prefork")
 
     result = tasks["kills_its_process"].apply_async(("poison",), link_error=tasks["mark"].si("errback"))
 
@@ -146,22 +146,24 @@ def test_run_that_kills_its_process_each_time_fails(start_worker: Start, tasks: 
     assert [line for line in ledger.notes_now("told") if result.id in line] == [f"{result.id} 3 WorkerLostError"]
 
 
-def test_run_that_kills_whole_workers_fails(start_worker: Start, tasks: Any, ledger: Ledger) -> None:
+@pytest.mark.parametrize("pool", ["asyncio", "prefork"])
+def test_run_that_kills_whole_workers_fails(pool: str, start_worker: Start, tasks: Any, ledger: Ledger) -> None:
     """Found out by the lease alone: no process is left to say what happened. The next worker tells the end."""
-    result = tasks["kills_its_worker"].delay("whole")
+    name = f"whole {pool}"
+    result = tasks["kills_its_worker"].delay(name, pool == "prefork")
 
     for attempt in (1, 2):
-        victim = start_worker()
-        ledger.notes("whole", attempt)
+        victim = start_worker(pool=pool)
+        ledger.notes(name, attempt)
         victim.process.wait(60)
         victim.close()
-    start_worker()
+    start_worker(pool=pool)
 
     with pytest.raises(WorkerLostError):
         result.get(timeout=60)
     run = ledger.ends(result.id)
     assert (run.state, run.attempts, run.losses) == (RunState.FAILED, 2, 2)
-    assert ledger.notes_now("whole") == ["0", "1"]
+    assert ledger.notes_now(name) == ["0", "1"]
     assert [line for line in ledger.notes_now("told") if result.id in line] == [f"{result.id} 2 WorkerLostError"]
 
 

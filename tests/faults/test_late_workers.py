@@ -111,18 +111,20 @@ def is_writable(project: Project) -> bool:
         return True
 
 
-@pytest.mark.parametrize("function", ["passes", "passes_sync"])
+@pytest.mark.parametrize(
+    ("function", "pool"), [("passes", "asyncio"), ("passes", "prefork"), ("passes_sync", "prefork")]
+)
 def test_late_worker_writes_nothing_while_another_runs_its_run(
-    function: str, project: Project, start_worker: Start, tasks: Any, ledger: Ledger
+    function: str, pool: str, project: Project, start_worker: Start, tasks: Any, ledger: Ledger
 ) -> None:
     """Frozen past its lease, then back: its attempt stops, and what the run becomes is the other worker's doing."""
-    name = f"{function} meanwhile"
-    late = start_worker(concurrency=1)
+    name = f"{function} {pool} meanwhile"
+    late = start_worker(concurrency=1, pool=pool)
     result = tasks[function].delay(name)
     [first] = ledger.notes(name, 1)
 
     with frozen(late, project):
-        start_worker(concurrency=1)
+        start_worker(concurrency=1, pool=pool)
         second = ledger.notes(name, 2)[1]
     if function == "passes":
         ledger.notes(f"{name} stopped", 1)

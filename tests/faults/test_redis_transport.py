@@ -19,16 +19,13 @@ from tests.waiting import wait_until
 
 #: Plain Celery tasks: no ledger hides a message that is lost or given out twice.
 TASKS = """
-    import os
-    import time
-
     from celery import shared_task
     from tests.notebook import gate_sync, note
 
 
-    @shared_task(name="plain", acks_late=True)
-    def plain(name):
-        note(name, os.getppid())
+    @shared_task(name="plain", bind=True, acks_late=True)
+    def plain(self, name):
+        note(name, self.request.hostname)
         gate_sync(name)
         note(f"{name} done")
 """
@@ -158,7 +155,7 @@ def test_messages_that_a_killed_worker_had_not_started_run_elsewhere_within_15_s
         seconds = time.monotonic() - killed_at
 
         assert seconds <= BACK_WITHIN
-        assert [ledger.notes_now(f"n{number}") for number in range(1, 6)] == [[str(other.pid)]] * 5
+        assert [ledger.notes_now(f"n{number}") for number in range(1, 6)] == [[f"{other.name}@test"]] * 5
 
 
 @pytest.mark.parametrize("loop", ["events", "blocking"])

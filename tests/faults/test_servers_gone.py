@@ -179,7 +179,7 @@ def test_limit_that_passes_before_the_function_runs_counts_from_its_start(projec
     """The pool's signal comes while the claim waits for the ledger: the function still gets its time, and no more."""
     import sqlite3
 
-    worker = project.worker()
+    worker = project.worker(pool="prefork")  # the others count from the function's start
     ledger = Ledger(project)
     tasks: Any = project.app.tasks
     assert ledger.all() == []

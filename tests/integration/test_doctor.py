@@ -53,7 +53,7 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         database.migrate()
         database.close()
         try:
-            project.worker()
+            project.worker(pool="prefork")
             project.worker("-Q", "quick", pool="threads")
             project.beat()
             at = station(project.app)

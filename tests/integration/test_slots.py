@@ -40,7 +40,7 @@ TASKS = """
         await gate(name)
 
 
-    @task_registry.register(name="dies_alone", bind=True, max_retries=2, retry_delay=0, max_instances=1)
+    @task_registry.register(name="dies_alone", bind=True, queue="deadly", max_retries=2, retry_delay=0, max_instances=1)
     def dies_alone(self):
         import os, signal
         note("dies_alone", self.request.id)
@@ -123,13 +123,15 @@ def test_failed_attempt_gives_its_slot_back(tasks: Any, ledger: Ledger) -> None:
     assert sorted(ledger.notes_now("fails_alone")) == ["x", "x", "y", "y"]
 
 
-def test_slot_of_a_killed_process_is_free_again(tasks: Any, ledger: Ledger) -> None:
+def test_slot_of_a_killed_process_is_free_again(project: Project, tasks: Any, ledger: Ledger) -> None:
     """A child that was killed while it held the only slot holds it no more."""
+    worker = project.worker("-Q", "deadly", pool="prefork")
     results = [tasks["dies_alone"].delay(), tasks["dies_alone"].delay()]
 
     for result in results:
         assert ledger.ends(result.id).state is RunState.SUCCEEDED
     assert len(ledger.notes_now("dies_alone")) == 3
+    worker.terminate()
 
 
 def test_limit_of_a_task_is_its_own(tasks: Any, ledger: Ledger) -> None:
