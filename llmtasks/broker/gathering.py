@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from kombu.transport import redis as stock
 
@@ -14,9 +14,20 @@ MOST: Final = 1_000
 #: Characters of one command, more or less: the server keeps a command whole before it begins with it.
 LONGEST: Final = 4_000_000
 
+#: The name of a method of the client, and its arguments.
+Command: TypeAlias = tuple[Any, ...]
+
 # Its stub is older.
 _stock: Any = stock
 _StockBatch: Any = _stock.PublishBatch
+
+
+class Commands(list[Command]):
+    """What kombu takes for a batch: the commands that publish messages."""
+
+    def add(self, *command: Any) -> None:
+        """Take one more."""
+        self.append(command)
 
 
 class PublishBatch(_StockBatch):  # type: ignore[misc]  # Any as a base, see above
@@ -24,10 +35,10 @@ class PublishBatch(_StockBatch):  # type: ignore[misc]  # Any as a base, see abo
 
     def __init__(self, channel: Any, max_size: int) -> None:
         super().__init__(channel, max_size)
-        self.pipeline: Any = _Gathering(self.pipeline)
+        self.pipeline: Any = Gathering(self.pipeline)
 
 
-class _Gathering:
+class Gathering:
     """A pipeline that gathers what ``scripts.PUT`` puts; all else it hands on."""
 
     def __init__(self, pipeline: Any) -> None:
@@ -38,9 +49,11 @@ class _Gathering:
         return getattr(self._pipeline, name)
 
     def eval(self, _script: str, _keys: int, key: str, wake_key: str, text: str) -> None:
+        """Gather a message."""
         self._texts.setdefault((key, wake_key), []).append(text)
 
     def execute(self) -> Any:
+        """Send all of it."""
         for (key, wake_key), texts in self._texts.items():
             for piece in _pieces(texts):
                 self._pipeline.eval(scripts.PUT, 2, key, wake_key, *piece)
@@ -48,6 +61,7 @@ class _Gathering:
         return self._pipeline.execute()
 
     def reset(self) -> None:
+        """Forget it."""
         self._texts.clear()
         self._pipeline.reset()
 

@@ -27,7 +27,8 @@ from the same class. URLs beginning with ``llmtasks+`` always mean this one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -37,7 +38,7 @@ from kombu.transport import redis as stock
 from llmtasks.broker import scripts
 from llmtasks.broker.deliveries import Deliveries
 from llmtasks.broker.fetching import Fetching
-from llmtasks.broker.gathering import PublishBatch
+from llmtasks.broker.gathering import Command, Commands, Gathering, PublishBatch
 from llmtasks.broker.turns import Turns
 from llmtasks.errors import InvalidOptionError
 from llmtasks.redis_options import EXPLICIT, PRIORITY_STEPS, VISIBILITY
@@ -62,6 +63,7 @@ class Channel(Fetching):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._address: dict[bool, dict[str, Any]] = {}  # for kombu's ``asynchronous``
         self._reused: Any = None
+        self._noted: Commands | None = None
         super().__init__(*args, **kwargs)
         self.stock_keys = (self.unacked_key, self.unacked_index_key)
         # Instance attributes: the deliveries read them from here (redis.py:564).
@@ -102,10 +104,33 @@ class Channel(Fetching):
         """A batch that puts all messages of a queue by one command."""
         return PublishBatch(self, max_size)
 
+    @contextmanager
+    def noting(self) -> Generator[list[Command]]:
+        """What is published inside is not sent; the list tells the commands that would do it."""
+        before, self._noted = self._noted, Commands()
+        try:
+            yield self._noted
+        finally:
+            self._noted = before
+
+    def do(self, commands: Iterable[Command]) -> None:
+        """Send what was noted, in one round trip, all messages of a queue by one command."""
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            gathered = Gathering(pipe)
+            for name, *arguments in commands:
+                getattr(gathered, name)(*arguments)
+            gathered.execute()
+
+    def basic_publish(self, message: Any, exchange: str, routing_key: str, **kwargs: Any) -> Any:
+        """Publish a message, or note how."""
+        if self._noted is not None:
+            kwargs["_publish_batch"] = self._noted
+        return super().basic_publish(message, exchange, routing_key, **kwargs)
+
     def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
         """Put a message into its queue and wake a consumer; where and for how long is kombu's decision."""
         batch = kwargs.pop("_publish_batch", None)
-        commands = _Commands()
+        commands = Commands()
         super()._put(queue, message, _publish_batch=commands, **kwargs)
         if batch is not None:
             for name, *args in self._with_wake(queue, commands):
@@ -116,20 +141,13 @@ class Channel(Fetching):
                 getattr(pipe, name)(*args)
             pipe.execute()
 
-    def _with_wake(self, queue: str, commands: _Commands) -> Iterator[tuple[Any, ...]]:
+    def _with_wake(self, queue: str, commands: Commands) -> Iterator[Command]:
         for name, *args in commands:
             if name == "lpush":
                 key, text = args
                 yield "eval", scripts.PUT, 2, f"{self.global_keyprefix}{key}", self.wake_key(queue), text
             else:
                 yield name, *args
-
-
-class _Commands(list[tuple[Any, ...]]):
-    """What kombu takes for a batch: the commands that publish one message."""
-
-    def add(self, *command: Any) -> None:
-        self.append(command)
 
 
 class Transport(_StockTransport):  # type: ignore[misc]  # Any as a base, see above

@@ -7,24 +7,20 @@ with results and events on Redis, three round trips. Here is one. A result is su
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import celery
 from celery import signals
-from celery.app.routes import MapRoute
 from kombu import exceptions
 from kombu.serialization import dumps
 
 from llmtasks.sender.envelope import SENT_HEADER
-from llmtasks.sender.sent_events import SentEvents
+from llmtasks.sender.forms import BLANKS, desk_of, form_of, watches_arguments
 
 #: Options of ``apply_async`` that say the same of all messages of a call. With any other, Celery sends one by one.
 SHARED: Final = frozenset(
@@ -39,7 +35,6 @@ _WATCHED: Final = (signals.before_task_publish, signals.after_task_publish, sign
 #: Characters of a text among arguments that are shown as they are.
 _SHORT: Final = 100
 
-_local = threading.local()
 _celery: Any = celery
 #: Its stub is older.
 _exceptions: Any = exceptions
@@ -60,7 +55,7 @@ def is_shared(task: Any, options: Mapping[str, Any], *, many: bool = False) -> b
         and app.amqp.create_task_message == app.amqp.as_task_v2
         and _is_own(_celery.Task.apply_async)
         and _is_own(getattr(app.send_task, "__func__", app.send_task))
-        and not (many and any(not isinstance(router, MapRoute) for router in app.amqp.router.routes))
+        and not (many and watches_arguments(app))
     )
 
 
@@ -76,46 +71,25 @@ class Batch:
 
     def __init__(self, task: Any, options: Mapping[str, Any], args: Any = (), kwargs: Any = None) -> None:
         app = task.app
-        own = {name: value for name, value in task._get_exec_options().items() if value is not None}
-        given = {**own, **options}
-        self._add_to_parent = given.pop("add_to_parent", True)
-        self._ignore_result = given.pop("ignore_result", None)
-        if self._ignore_result is None:
-            self._ignore_result = task.ignore_result
-        self._shadow = given.pop("shadow", None) or task.shadow_name(args, kwargs, given)
-        self._limits = {name: given.pop(name, None) for name in ("time_limit", "soft_time_limit")}
-        self._headers = {**(given.pop("headers", None) or {}), SENT_HEADER: time.time()}
-        self._task, self._app, self._amqp = task, app, app.amqp
+        desk = desk_of(app)
+        self._form = form_of(desk, task, options, args, kwargs)
+        self._app, self._sent = app, desk.sent
+        self._add_to_parent = options.get("add_to_parent", True)
         self._parent = app.current_worker_task
         request = self._parent.request if self._parent else None
-        self._root_id = (request.root_id or request.id) if request else None
-        self._parent_id = request.id if request else None
-        self._reply_to = app.thread_oid
+        self._call = {
+            "shadow": options.get("shadow") or task.shadow_name(args, kwargs, options),
+            "root_id": (request.root_id or request.id) if request else None,
+            "parent_id": request.id if request else None,
+            "create_sent_event": app.conf.task_send_sent_event,
+        }
+        self._headers = {**self._form.headers, SENT_HEADER: time.time()}
         self._result, self._backend = task.AsyncResult, task.backend
         # Redis' subscribes. That of another backend may have to come before the message: rpc's declares a queue.
-        self._announces = not self._ignore_result and not _only_subscribes(app.backend)
-        self._tells_sent = app.conf.task_send_sent_event
-        self._sent = _sent_events(app)
+        self._announces = not self._form.ignore_result and not _only_subscribes(app.backend)
         self._events: list[Any] = []
-        self._waiting: deque[tuple[Any, dict[str, Any]]] = deque()
-        # How Celery would send one message says how to send all.
-        publication, event = _Recorder(), _Recorder()
-        router = app.amqp.router
-        if not router.routes and not {"queue", "exchange"} & set(given):
-            given["queue"] = app.amqp.default_queue
-        routed = router.route(given, task.name, args, kwargs, task)
-        sample = self._message("", (), {})
-        app.amqp.send_task_message(publication, task.name, sample, event_dispatcher=event, **routed)
-        self._how: dict[str, Any] = publication.options
-        properties = sample.properties
-        for name in ("correlation_id", "headers"):
-            self._how.pop(name, None)
-            properties.pop(name, None)
-        self._retries, self._policy = self._how.pop("retry"), self._how.pop("retry_policy")
-        self._declare = self._how.pop("declare") or []
-        self._serializer = self._how.pop("serializer")
-        told: Any = event.args[1] if event.args else {}
-        self._where = {name: told.get(name) for name in ("queue", "exchange", "routing_key")}
+        #: Headers, and the body with its type and encoding.
+        self._waiting: deque[tuple[dict[str, Any], tuple[str, str, Any]]] = deque()
 
     def add(self, args: Any, kwargs: Any, task_id: str | None = None) -> Any:
         """Add a message; it is not sent yet.
@@ -127,20 +101,15 @@ class Batch:
             kombu.exceptions.EncodeError: The arguments cannot be carried.
         """
         task_id = task_id or str(uuid.uuid4())
-        message = self._message(task_id, args or (), kwargs or {})
-        content_type, encoding, body = dumps(message.body, serializer=self._serializer)
-        how = {
-            **self._how,
-            "content_type": content_type,
-            "content_encoding": encoding,
-            "correlation_id": task_id,
-            "headers": {**message.headers, **self._headers},
-        }
-        self._waiting.append((body, how))
+        args, kwargs = args or (), kwargs or {}
+        shown = _shown(kwargs, kwargs.values()) if kwargs else "{}"
+        message = self._form.message(task_id, args, kwargs, argsrepr=_shown(args, args), kwargsrepr=shown, **self._call)
+        content = dumps(message.body, serializer=self._form.serializer)
+        self._waiting.append((message.headers | self._headers, content))
         if message.sent_event is not None:
-            self._events.append({**message.sent_event, **self._where})
+            self._events.append({**message.sent_event, **self._form.where})
         result = self._result(task_id, backend=self._backend)
-        result.ignored = self._ignore_result
+        result.ignored = self._form.ignore_result
         if self._parent and self._add_to_parent:
             self._parent.add_trail(result)
         return result
@@ -160,8 +129,8 @@ class Batch:
         """
         with self._app.producer_or_acquire() as producer:
             policy = {"max_retries": 0}
-            if self._retries:
-                policy = self._policy
+            if self._form.retries:
+                policy = self._form.policy
                 # kombu connects by these (connection.py:987), and without them for ever.
                 producer.connection.transport_options.update(policy)
             producer.connection.ensure(producer, self._post, **policy)(producer)
@@ -169,67 +138,41 @@ class Batch:
 
     def _post(self, producer: Any) -> None:
         declared = producer.connection.declared_entities
-        for entity in self._declare:
+        for entity in self._form.declare:
             # kombu copies an entity each time to find that out (common.py:117).
             if hash(entity) not in declared:
                 producer.maybe_declare(entity)
+        printed = self._form.print_on(producer, len(self._waiting))
+        if printed is None or self._announces:
+            self._post_by_kombu(producer)
+            return
+        with producer.channel.noting() as commands:
+            filling = ((body, {name: headers[name] for name in BLANKS}) for headers, (_, _, body) in self._waiting)
+            commands += printed.filled(filling)
+            self._sent.send(producer, self._events)
+        producer.channel.do(commands)
+
+    def _post_by_kombu(self, producer: Any) -> None:
         # As kombu finds out (messaging.py:34); its ``supports_batch_publish`` parses the URL again.
-        channel = producer.channel
+        channel, how = producer.channel, self._form.how
         together = hasattr(channel, "create_publish_batch") and getattr(channel, "supports_batch_publish", True)
         try:
             with producer.batch(max_size=len(self._waiting) + 2):
-                for body, how in list(self._waiting):
+                for headers, (content_type, encoding, body) in list(self._waiting):
+                    content = {"content_type": content_type, "content_encoding": encoding}
                     if self._announces:
-                        self._app.backend.on_task_call(producer, how["correlation_id"])
-                    producer.publish(body, **how)
+                        self._app.backend.on_task_call(producer, headers["id"])
+                    producer.publish(body, **how, **content, correlation_id=headers["id"], headers=headers)
                     if not together:
                         self._waiting.popleft()
                 self._sent.send(producer, self._events)
         except _exceptions.BatchPublishError as error:
             raise (error.__cause__ or error) from None
 
-    def _message(self, task_id: str, args: Any, kwargs: Any) -> Any:
-        return self._amqp.as_task_v2(
-            task_id,
-            self._task.name,
-            args,
-            kwargs,
-            reply_to=self._reply_to,
-            create_sent_event=self._tells_sent,
-            root_id=self._root_id,
-            parent_id=self._parent_id,
-            shadow=self._shadow,
-            origin=self._sent.hostname,
-            argsrepr=_shown(args, args),
-            kwargsrepr=_shown(kwargs, kwargs.values()) if kwargs else "{}",
-            ignore_result=self._ignore_result,
-            **self._limits,
-        )
-
-
-class _Recorder:
-    """Stands for a producer, or an event dispatcher, and keeps what it was to publish."""
-
-    def __init__(self) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.options: dict[str, Any] = {}
-
-    def publish(self, *args: Any, **options: Any) -> None:
-        self.args, self.options = args, options
-
 
 def _only_subscribes(backend: Any) -> bool:
     """Whether what a backend does before a task is sent is no more than Redis' own, or nothing."""
     return type(backend).on_task_call.__module__ in {"celery.backends.base", "celery.backends.redis"}
-
-
-def _sent_events(app: Any) -> SentEvents:
-    """This thread's own of an app; what made it in another process has another ``pid``."""
-    held: WeakKeyDictionary[Any, SentEvents] = _local.__dict__.setdefault("held", WeakKeyDictionary())
-    found = held.get(app)
-    if found is None or found.pid != os.getpid():
-        found = held[app] = SentEvents(app)
-    return found
 
 
 def _shown(value: Any, parts: Any) -> str | None:

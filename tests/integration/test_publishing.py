@@ -1,7 +1,9 @@
 """Sending: what a message carries, what one and many cost, what a caller learns who sends bad ones or to nobody."""
 
 import asyncio
+import base64
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import redis
 from celery import Celery, signals
+from celery._state import _task_stack
 
 from llmtasks.errors import BrokerUnavailableError, DuplicateRunError, InvalidOptionError, InvalidParamsError
 from llmtasks.states import RunState
@@ -69,9 +72,6 @@ def watched(run: Callable[[], Any]) -> Any:
 
 def messages(client: Any, key: str) -> list[dict[str, Any]]:
     """The messages at a key, oldest first, without what differs each time; their bodies as Celery's tuple."""
-    import base64
-    import json
-
     found: list[dict[str, Any]] = []
     for text in reversed(client.lrange(key, 0, -1)):
         message = json.loads(text)
@@ -88,6 +88,7 @@ def messages(client: Any, key: str) -> list[dict[str, Any]]:
     [
         {},
         {"priority": 2, "text": "it's \\ \n" + "long" * 500},
+        {"text": "100 % of %(id)s <the id of a message>"},
         {"queue": "other", "headers": {"tenant": "blue"}},
         {"time_limit": 9, "soft_time_limit": 7, "ignore_result": True, "shadow": "shown", "retry": False},
         {"compression": "zlib"},
@@ -106,18 +107,59 @@ def test_message_is_the_one_that_celery_would_have_sent(
 
     text = options.pop("text", "a")
     tasks[name].apply_async((text,), **options)
+    tasks[name].apply_async((text,), **options)  # what could be found out before was found out before
     tasks[name].map_delay([text, (text,)], **options)
     watched(lambda: tasks[name].apply_async((text,), **options))
     watched(lambda: tasks[name].map_delay([text], **options))
 
     (key,) = [key for key in client.keys("*") if client.type(key) == "list"]
     found = messages(client, key)
-    assert len(found) == 5
-    assert found == [found[-1]] * 5
+    assert len(found) == 6
+    assert found == [found[-1]] * 6
+
+
+def test_message_of_a_running_task_names_its_parent(project: Project, tasks: Any, client: Any) -> None:
+    """Each of its own, whatever was sent before."""
+    tasks["add"].delay(0)
+    for number in range(2):
+        tasks["add"].push_request(id=f"parent {number}", root_id=f"root {number}", called_directly=False)
+        _task_stack.push(tasks["add"])
+        try:
+            tasks["add"].delay(1)
+            tasks["add"].map_delay([2])
+        finally:
+            _task_stack.pop()
+            tasks["add"].pop_request()
+    tasks["add"].delay(0)
+
+    sent = [json.loads(text)["headers"] for text in reversed(client.lrange("celery\x06\x164", 0, -1))]
+    assert [(item["root_id"] == item["id"], item["parent_id"]) for item in (sent[0], sent[-1])] == [(True, None)] * 2
+    assert [(item["root_id"], item["parent_id"]) for item in sent[1:-1]] == [
+        ("root 0", "parent 0"), ("root 0", "parent 0"), ("root 1", "parent 1"), ("root 1", "parent 1")
+    ]  # fmt: skip
+
+
+def test_what_the_app_changes_holds_for_the_next_message(project: Project, tasks: Any, client: Any) -> None:
+    """What was found out for the messages before is found out again."""
+    add, app = tasks["add"], project.app
+    for _ in range(2):
+        add.delay(1)
+        add.ignore_result = True
+    app.conf.task_default_queue = "elsewhere"
+    add.delay(1)
+    app.conf.task_routes = {"add": {"queue": "by-name"}}
+    app.conf.update(task_routes={"add": {"queue": "by-another-name"}})
+    add.delay(1)
+
+    sent = [json.loads(text)["headers"] for text in reversed(client.lrange("celery\x06\x164", 0, -1))]
+    assert [item["ignore_result"] for item in sent] == [False, True]
+    assert queue_length(project.broker, "elsewhere") == 1
+    assert queue_length(project.broker, "by-another-name") == 1
 
 
 def test_routes_of_the_app_decide_where_messages_go(project: Project, tasks: Any) -> None:
     """By name, by a pattern, or by a router of the app's own that looks at each item's arguments."""
+    tasks["add"].delay(1)
     project.app.conf.task_routes = {"add": {"queue": "by-name"}}
     project.app.amqp.flush_routes()
     project.app.amqp.__dict__.pop("router", None)

@@ -1,0 +1,230 @@
+"""Forms: what messages of one task function with the same options share, found out once.
+
+Celery says where and how it would send one of them. A channel that can say what it would do with one (``noting``, see
+``llmtasks.broker.redis``) has kombu write one down with blanks; the others are its text with the blanks filled in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from celery.app.routes import MapRoute
+from kombu.serialization import dumps as serialize
+from kombu.utils.json import dumps
+
+from llmtasks.sender.envelope import SENT_HEADER
+from llmtasks.sender.sent_events import SentEvents
+
+#: Headers that differ from one message of a form to the next.
+BLANKS: Final = ("id", "root_id", "parent_id", "shadow", "argsrepr", "kwargsrepr", SENT_HEADER)
+#: Options of one call, not of the form.
+_OF_CALL: Final = frozenset({"add_to_parent", "shadow"})
+#: Types of options with which a form is kept for the next call.
+_PLAIN: Final = frozenset({bool, float, int, str, type(None)})
+#: Kept forms of one app and thread.
+_MOST: Final = 256
+#: Messages for which a form that is not kept is printed: that takes as long as sending some.
+_MANY: Final = 5
+
+_local = threading.local()
+
+
+@dataclass(slots=True)
+class Desk:
+    """What one thread keeps of an app. What was made in another process has another ``pid``."""
+
+    pid: int
+    sent: SentEvents
+    forms: dict[tuple[Any, ...], Form]
+
+
+def desk_of(app: Any) -> Desk:
+    """This thread's own."""
+    held: WeakKeyDictionary[Any, Desk] = _local.__dict__.setdefault("held", WeakKeyDictionary())
+    found = held.get(app)
+    if found is None or found.pid != os.getpid():
+        found = held[app] = Desk(os.getpid(), SentEvents(app), {})
+    return found
+
+
+def form_of(desk: Desk, task: Any, options: Mapping[str, Any], args: Any, kwargs: Any) -> Form:
+    """The form of a task's messages; kept where plain options say all."""
+    app = task.app
+    plain = {name: value for name, value in options.items() if name not in _OF_CALL}
+    if watches_arguments(app) or not _PLAIN.issuperset(map(type, plain.values())):
+        return Form(desk, task, plain, args, kwargs)
+    key = (task.name, task.ignore_result, app.conf.task_default_queue, *plain.items())
+    found = desk.forms.get(key)
+    if found is None or not found.holds_for(task):
+        if len(desk.forms) >= _MOST:
+            desk.forms.clear()
+        found = desk.forms[key] = Form(desk, task, plain, args, kwargs)
+        found.kept = True
+    return found
+
+
+def watches_arguments(app: Any) -> bool:
+    """Whether a router may look at the arguments of each message."""
+    return any(not isinstance(router, MapRoute) for router in app.amqp.router.routes)
+
+
+class Form:
+    """How the messages of one task with the same options are sent.
+
+    Attributes:
+        kept: Whether it serves later calls too.
+        ignore_result: Whether their results are not stored.
+        how: What ``Producer.publish`` is told of all of them.
+        headers: Headers that all of them have beside Celery's own.
+        declare: What has to be declared before.
+        retries: Whether a broken connection is tried again, and how.
+        policy: The same.
+        serializer: Of their bodies.
+        where: What sent events say of their way.
+    """
+
+    def __init__(self, desk: Desk, task: Any, options: Mapping[str, Any], args: Any, kwargs: Any) -> None:
+        self.kept = False
+        amqp = task.app.amqp
+        own = {name: value for name, value in task._get_exec_options().items() if value is not None}
+        given = {**own, **options}
+        ignore_result = given.pop("ignore_result", None)
+        self.ignore_result = task.ignore_result if ignore_result is None else ignore_result
+        self.headers: dict[str, Any] = given.pop("headers", None) or {}
+        self._limits = {name: given.pop(name, None) for name in ("time_limit", "soft_time_limit")}
+        self._task, self._amqp, self._origin = task, amqp, desk.sent.hostname
+        self._reply_to = task.app.thread_oid
+        self._router, self._queues = amqp.router, amqp.queues
+        # How Celery would send one message says how to send all.
+        publication, event = _Recorder(), _Recorder()
+        routed = amqp.router.route(given, task.name, args, kwargs, task)
+        sample = self.message("", (), {}, create_sent_event=True)
+        amqp.send_task_message(publication, task.name, sample, event_dispatcher=event, **routed)
+        self.how: dict[str, Any] = publication.options
+        for name in ("correlation_id", "headers"):
+            self.how.pop(name, None)
+        self.retries, self.policy = self.how.pop("retry"), self.how.pop("retry_policy")
+        self.declare = self.how.pop("declare") or []
+        self.serializer = self.how.pop("serializer")
+        told: Any = event.args[1]
+        self.where = {name: told.get(name) for name in ("queue", "exchange", "routing_key")}
+        self._queue = self._queues.get(self.where["queue"])
+        self._prints: WeakKeyDictionary[Any, Print | None] = WeakKeyDictionary()
+
+    def holds_for(self, task: Any) -> bool:
+        """Whether the app still sends these messages so."""
+        amqp = self._amqp
+        return (
+            self._task is task
+            and amqp is task.app.amqp
+            and amqp.router is self._router
+            and amqp.queues is self._queues
+            and self._queues.get(self.where["queue"]) is self._queue
+        )
+
+    def message(self, task_id: str, args: Any, kwargs: Any, **options: Any) -> Any:
+        """One message as Celery makes it."""
+        return self._amqp.as_task_v2(
+            task_id,
+            self._task.name,
+            args,
+            kwargs,
+            reply_to=self._reply_to,
+            origin=self._origin,
+            ignore_result=self.ignore_result,
+            **self._limits,
+            **options,
+        )
+
+    def print_on(self, producer: Any, count: int) -> Print | None:
+        """The text of ``count`` messages for a producer's channel.
+
+        None where that differs in more than the blanks, or does not pay.
+        """
+        if not self.kept and count < _MANY:
+            return None
+        channel = producer.channel
+        if channel not in self._prints:
+            self._prints[channel] = self._printed(producer)
+        return self._prints[channel]
+
+    def _printed(self, producer: Any) -> Print | None:
+        channel = producer.channel
+        if not hasattr(channel, "noting") or channel.body_encoding != "base64":
+            return None
+        if self.how.get("compression") or self.how.get("exchange"):
+            return None
+        headers = {**self.message("", (), {}).headers, **self.headers, **{name: _blank(name) for name in BLANKS}}
+        content_type, encoding, _ = serialize((), serializer=self.serializer)
+        with channel.noting() as commands:
+            producer.publish(
+                _blank("body"),
+                **self.how,
+                content_type=content_type,
+                content_encoding=encoding,
+                correlation_id=_blank("id"),
+                headers=headers,
+            )
+        return Print(channel, commands)
+
+
+class Print:
+    """What a channel of ours does to publish a message, with blanks in its text.
+
+    Args:
+        channel: The channel.
+        commands: What it noted: the first one ends with the text.
+    """
+
+    def __init__(self, channel: Any, commands: list[tuple[Any, ...]]) -> None:
+        *self._command, text = commands[0]
+        self._others = commands[1:]
+        self._channel = channel
+        written: dict[str, Any] = json.loads(text)
+        blanks = {_blank(name): name for name in BLANKS}
+        blanks |= {written["body"]: "body", written["properties"]["delivery_tag"]: "delivery_tag"}
+        text = text.replace("%", "%%")
+        for blank, name in blanks.items():
+            text = text.replace(dumps(blank), f"%({name})s")
+        self._text = text
+
+    def filled(self, filling: Iterator[tuple[Any, Mapping[str, Any]]]) -> list[tuple[Any, ...]]:
+        """The commands for some messages: the body of each, as it is serialized, and what is in the blanks."""
+        channel, command, text = self._channel, self._command, self._text
+        commands: list[tuple[Any, ...]] = []
+        for body, values in filling:
+            written = {name: _json(value) for name, value in values.items()}
+            written["body"] = _json(channel.encode_body(body, channel.body_encoding)[0])
+            written["delivery_tag"] = _json(channel._next_delivery_tag())
+            commands.append((*command, text % written))
+        return [*commands, *self._others]
+
+
+class _Recorder:
+    """Stands for a producer, or an event dispatcher, and keeps what it was to publish."""
+
+    def __init__(self) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.options: dict[str, Any] = {}
+
+    def publish(self, *args: Any, **options: Any) -> None:
+        self.args, self.options = args, options
+
+
+def _blank(name: str) -> str:
+    return f"<the {name} of a message>"
+
+
+def _json(value: Any) -> str:
+    """A value as kombu writes it, and sooner."""
+    if value is None:
+        return "null"
+    kind = type(value)
+    return encode_basestring_ascii(value) if kind is str else repr(value) if kind is float else str(dumps(value))
