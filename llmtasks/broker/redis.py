@@ -113,6 +113,11 @@ class Channel(Fetching):
         finally:
             self._noted = before
 
+    def note(self, commands: Iterable[Command]) -> None:
+        """Put commands beside those of what is published."""
+        assert self._noted is not None
+        self._noted += commands
+
     def do(self, commands: Iterable[Command]) -> None:
         """Send what was noted, in one round trip, all messages of a queue by one command."""
         with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:

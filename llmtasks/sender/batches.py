@@ -15,12 +15,11 @@ from types import FunctionType
 from typing import Any, Final
 
 import celery
-from celery import signals
 from kombu import exceptions
 from kombu.serialization import dumps
 
 from llmtasks.sender.envelope import SENT_HEADER
-from llmtasks.sender.forms import BLANKS, desk_of, form_of, watches_arguments
+from llmtasks.sender.forms import BLANKS, desk_of, form_of, is_watched, watches_arguments
 
 #: Options of ``apply_async`` that say the same of all messages of a call. With any other, Celery sends one by one.
 SHARED: Final = frozenset(
@@ -30,8 +29,6 @@ SHARED: Final = frozenset(
         "time_limit",
     }
 )  # fmt: skip
-#: What may look at a message, or change it, before it is sent, and hears when it was.
-_WATCHED: Final = (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
 #: Characters of a text among arguments that are shown as they are.
 _SHORT: Final = 100
 
@@ -51,7 +48,7 @@ def is_shared(task: Any, options: Mapping[str, Any], *, many: bool = False) -> b
         SHARED.issuperset(options)
         and task.expires is None
         and task._dump_pydantic_arguments is None
-        and not any(signal.receivers for signal in _WATCHED)
+        and not is_watched()
         and app.amqp.create_task_message == app.amqp.as_task_v2
         and _is_own(_celery.Task.apply_async)
         and _is_own(getattr(app.send_task, "__func__", app.send_task))
@@ -147,8 +144,8 @@ class Batch:
             self._post_by_kombu(producer)
             return
         with producer.channel.noting() as commands:
-            filling = ((body, {name: headers[name] for name in BLANKS}) for headers, (_, _, body) in self._waiting)
-            commands += printed.filled(filling)
+            for headers, (_, _, body) in self._waiting:
+                commands += printed.filled(body, {name: headers[name] for name in BLANKS})
             self._sent.send(producer, self._events)
         producer.channel.do(commands)
 

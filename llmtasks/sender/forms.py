@@ -1,25 +1,23 @@
 """Forms: what messages of one task function with the same options share, found out once.
 
-Celery says where and how it would send one of them. A channel that can say what it would do with one (``noting``, see
-``llmtasks.broker.redis``) has kombu write one down with blanks; the others are its text with the blanks filled in.
+Celery says where and how it would send one of them, and kombu how it would write it down (``prints``).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from json.encoder import encode_basestring_ascii
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from celery import signals
 from celery.app.routes import MapRoute
 from kombu.serialization import dumps as serialize
-from kombu.utils.json import dumps
 
 from llmtasks.sender.envelope import SENT_HEADER
+from llmtasks.sender.prints import Print, Recorder, blank, print_of
 from llmtasks.sender.sent_events import SentEvents
 
 #: Headers that differ from one message of a form to the next.
@@ -32,6 +30,8 @@ _PLAIN: Final = frozenset({bool, float, int, str, type(None)})
 _MOST: Final = 256
 #: Messages for which a form that is not kept is printed: that takes as long as sending some.
 _MANY: Final = 5
+
+_WATCHED: Final = (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
 
 _local = threading.local()
 
@@ -70,6 +70,11 @@ def form_of(desk: Desk, task: Any, options: Mapping[str, Any], args: Any, kwargs
     return found
 
 
+def is_watched() -> bool:
+    """Whether anybody looks at each message, or changes it, before it is sent, or hears when it was."""
+    return any(signal.receivers for signal in _WATCHED)
+
+
 def watches_arguments(app: Any) -> bool:
     """Whether a router may look at the arguments of each message."""
     return any(not isinstance(router, MapRoute) for router in app.amqp.router.routes)
@@ -103,7 +108,7 @@ class Form:
         self._reply_to = task.app.thread_oid
         self._router, self._queues = amqp.router, amqp.queues
         # How Celery would send one message says how to send all.
-        publication, event = _Recorder(), _Recorder()
+        publication, event = Recorder(), Recorder()
         routed = amqp.router.route(given, task.name, args, kwargs, task)
         sample = self.message("", (), {}, create_sent_event=True)
         amqp.send_task_message(publication, task.name, sample, event_dispatcher=event, **routed)
@@ -144,10 +149,7 @@ class Form:
         )
 
     def print_on(self, producer: Any, count: int) -> Print | None:
-        """The text of ``count`` messages for a producer's channel.
-
-        None where that differs in more than the blanks, or does not pay.
-        """
+        """The print of these messages for a producer's channel; None where there is none, or ``count`` are too few."""
         if not self.kept and count < _MANY:
             return None
         channel = producer.channel
@@ -156,75 +158,11 @@ class Form:
         return self._prints[channel]
 
     def _printed(self, producer: Any) -> Print | None:
-        channel = producer.channel
-        if not hasattr(channel, "noting") or channel.body_encoding != "base64":
-            return None
-        if self.how.get("compression") or self.how.get("exchange"):
-            return None
-        headers = {**self.message("", (), {}).headers, **self.headers, **{name: _blank(name) for name in BLANKS}}
+        headers = {**self.message("", (), {}).headers, **self.headers, **{name: blank(name) for name in BLANKS}}
         content_type, encoding, _ = serialize((), serializer=self.serializer)
-        with channel.noting() as commands:
-            producer.publish(
-                _blank("body"),
-                **self.how,
-                content_type=content_type,
-                content_encoding=encoding,
-                correlation_id=_blank("id"),
-                headers=headers,
-            )
-        return Print(channel, commands)
 
+        def publish() -> None:
+            content = {"content_type": content_type, "content_encoding": encoding}
+            producer.publish(blank("body"), **self.how, **content, correlation_id=blank("id"), headers=headers)
 
-class Print:
-    """What a channel of ours does to publish a message, with blanks in its text.
-
-    Args:
-        channel: The channel.
-        commands: What it noted: the first one ends with the text.
-    """
-
-    def __init__(self, channel: Any, commands: list[tuple[Any, ...]]) -> None:
-        *self._command, text = commands[0]
-        self._others = commands[1:]
-        self._channel = channel
-        written: dict[str, Any] = json.loads(text)
-        blanks = {_blank(name): name for name in BLANKS}
-        blanks |= {written["body"]: "body", written["properties"]["delivery_tag"]: "delivery_tag"}
-        text = text.replace("%", "%%")
-        for blank, name in blanks.items():
-            text = text.replace(dumps(blank), f"%({name})s")
-        self._text = text
-
-    def filled(self, filling: Iterator[tuple[Any, Mapping[str, Any]]]) -> list[tuple[Any, ...]]:
-        """The commands for some messages: the body of each, as it is serialized, and what is in the blanks."""
-        channel, command, text = self._channel, self._command, self._text
-        commands: list[tuple[Any, ...]] = []
-        for body, values in filling:
-            written = {name: _json(value) for name, value in values.items()}
-            written["body"] = _json(channel.encode_body(body, channel.body_encoding)[0])
-            written["delivery_tag"] = _json(channel._next_delivery_tag())
-            commands.append((*command, text % written))
-        return [*commands, *self._others]
-
-
-class _Recorder:
-    """Stands for a producer, or an event dispatcher, and keeps what it was to publish."""
-
-    def __init__(self) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.options: dict[str, Any] = {}
-
-    def publish(self, *args: Any, **options: Any) -> None:
-        self.args, self.options = args, options
-
-
-def _blank(name: str) -> str:
-    return f"<the {name} of a message>"
-
-
-def _json(value: Any) -> str:
-    """A value as kombu writes it, and sooner."""
-    if value is None:
-        return "null"
-    kind = type(value)
-    return encode_basestring_ascii(value) if kind is str else repr(value) if kind is float else str(dumps(value))
+        return print_of(producer.channel, publish, BLANKS)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -57,7 +57,8 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> dict[str, Except
     try:
         for start in range(0, len(messages), BATCH_SIZE):
             producer.connection.ensure_connection(max_retries=1, interval_start=0, timeout=CONNECT_TIMEOUT)
-            with producer.batch(max_size=BATCH_SIZE):
+            mine.look_at(app)
+            with _in_one_go(producer):
                 for message in messages[start : start + BATCH_SIZE]:
                     error = _fault_of(app, mine, message, gone)
                     if error is not None:
@@ -73,6 +74,19 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> dict[str, Except
             raise
         raise outage(app, error) from error
     return unsendable
+
+
+@contextlib.contextmanager
+def _in_one_go(producer: Any) -> Generator[None]:
+    """What is published inside goes in one round trip, where the transport can."""
+    channel = producer.channel
+    if not hasattr(channel, "noting"):
+        with producer.batch(max_size=BATCH_SIZE):
+            yield
+        return
+    with channel.noting() as commands:
+        yield
+    channel.do(commands)
 
 
 def _fault_of(app: celery.Celery, way: Way, message: Message, gone: tuple[type[Exception], ...]) -> Exception | None:

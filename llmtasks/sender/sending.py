@@ -1,17 +1,25 @@
-"""Send one message of ours as Celery sends a task."""
+"""Send one message of ours as Celery sends a task.
+
+Most of what a beat sends differs from the message before it in ids and arguments only; those are printed (``prints``).
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import celery
 from celery.canvas import signature
+from kombu.serialization import dumps as serialize
 
 from llmtasks.message import Message
 from llmtasks.sender.envelope import DELIVER_HEADER, read
+from llmtasks.sender.forms import is_watched, watches_arguments
 from llmtasks.sender.jsontext import loads
+from llmtasks.sender.prints import Print, Recorder, blank, print_of
 from llmtasks.sender.priority import native_priority
 from llmtasks.sender.rabbitmq import publish_options
 from llmtasks.sender.sent_events import SentEvents
@@ -20,6 +28,21 @@ from llmtasks.sender.sent_events import SentEvents
 _INHERITED: Final = frozenset({"chord", "group_id", "group_index", "root_id", "link_error"})
 #: Characters of arguments as JSON that are shown as they are.
 SHORT: Final = 200
+#: Options that messages of a function share; with any other a message is one of a kind.
+_SHARED: Final = frozenset({"origin", "reply_to", "soft_time_limit", "time_limit"})
+#: What differs among messages that share everything else, beside their bodies.
+_BLANKS: Final = ("id", "argsrepr", "kwargsrepr")
+#: Prints of one thread.
+_MOST: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Printed:
+    """What messages share: their print, the end of their bodies, and what their events say."""
+
+    print: Print
+    embed: Any
+    told: dict[str, Any] | None
 
 
 @dataclass(slots=True)
@@ -29,6 +52,21 @@ class Way:
     pid: int
     producer: Any
     sent: SentEvents
+    #: By what messages share; None where they cannot be printed.
+    prints: dict[tuple[Any, ...], _Printed | None] = field(default_factory=dict)
+    #: Whether any can be.
+    can_print: bool = False
+    #: What of the app they depend on.
+    app_has: tuple[Any, ...] = ()
+
+    def look_at(self, app: celery.Celery) -> None:
+        """Forget the prints of what the app does otherwise by now."""
+        amqp, conf = app.amqp, app.conf
+        has = (amqp.router, amqp.queues, conf.task_default_queue, conf.task_send_sent_event)
+        self.can_print = hasattr(self.producer.channel, "note") and not is_watched() and not watches_arguments(app)
+        if has != self.app_has or len(self.prints) > _MOST:
+            self.prints.clear()
+            self.app_has = has
 
 
 def send_one(app: celery.Celery, way: Way, message: Message) -> None:
@@ -46,13 +84,61 @@ def send_one(app: celery.Celery, way: Way, message: Message) -> None:
         return
     if message.envelope is None:
         return  # nothing is left to send
-    envelope = read(message.envelope)
+    args, kwargs = loads(message.args or "[]"), loads(message.kwargs or "{}")
+    shown = _shown(tuple(args), message.args), _shown(kwargs, message.kwargs)
+    printed = None if None in shown else _printed(app, way, message)
+    if printed is None:
+        _send(app, way, message, args, kwargs, shown, way.sent)
+        return
+    values: dict[str, Any] = dict(zip(_BLANKS, (message.run_id, *shown), strict=True))
+    _, _, body = serialize((args, kwargs, printed.embed), serializer="json")
+    producer.channel.note(printed.print.filled(body, values))
+    if printed.told is not None:
+        ids = {"uuid": message.run_id, "root_id": message.run_id}
+        way.sent.publish("task-sent", {**printed.told, **ids, "args": shown[0], "kwargs": shown[1]}, producer)
+
+
+def _printed(app: celery.Celery, way: Way, message: Message) -> _Printed | None:
+    """The print for a message; None where it is one of a kind."""
+    if not way.can_print or message.delivers or message.attempts:
+        return None
+    options = read(message.envelope or "").get("options", {})
+    if not _SHARED.issuperset(options):
+        return None
+    task = app.tasks.get(message.func_name)
+    own = getattr(task, "ignore_result", None), getattr(getattr(task, "options", None), "queue", None)
+    key = (message.func_name, message.envelope, message.queue, message.priority, *own)
+    if key not in way.prints:
+        way.prints[key] = _print(app, way, message)
+    return way.prints[key]
+
+
+def _print(app: celery.Celery, way: Way, message: Message) -> _Printed | None:
+    sample, shown = replace(message, run_id=blank("id")), (blank("argsrepr"), blank("kwargsrepr"))
+    events = Recorder()
+    send = partial(_send, app, way, sample, (), {}, shown, events)
+    printed = print_of(way.producer.channel, send, _BLANKS)
+    if printed is None:
+        return None
+    return _Printed(printed, json.loads(printed.body)[2], events.args[1] if events.args else None)
+
+
+def _send(
+    app: celery.Celery,
+    way: Way,
+    message: Message,
+    args: Any,
+    kwargs: Any,
+    shown: tuple[str | None, str | None],
+    events: Any,
+) -> None:
+    producer = way.producer
+    envelope = read(message.envelope or "")
     options: Mapping[str, Any] = envelope.get("options", {})
     task = app.tasks.get(message.func_name)
     stamped = options.get("stamped_headers") or ()
     # A first attempt may expire in the broker; what has begun, or has ended, may not.
     expires = None if message.delivers or message.attempts else options.get("expires")
-    args, kwargs = loads(message.args or "[]"), loads(message.kwargs or "{}")
     route = _route(app, message, envelope, task, args, kwargs)
     protocol2 = app.amqp.as_task_v2(
         message.run_id,
@@ -76,8 +162,8 @@ def send_one(app: celery.Celery, way: Way, message: Message) -> None:
         shadow=options.get("shadow"),
         # Celery asks the system for it each time.
         origin=options.get("origin") or way.sent.hostname,
-        argsrepr=_shown(tuple(args), message.args),
-        kwargsrepr=_shown(kwargs, message.kwargs),
+        argsrepr=shown[0],
+        kwargsrepr=shown[1],
         ignore_result=envelope.get("ignore_result", getattr(task, "ignore_result", None)) or False,
         replaced_task_nesting=options.get("replaced_task_nesting") or 0,
         stamped_headers=stamped or None,
@@ -92,7 +178,7 @@ def send_one(app: celery.Celery, way: Way, message: Message) -> None:
         priority=native_priority(app, message.priority),
         serializer="json",
         retry=False,
-        event_dispatcher=way.sent,
+        event_dispatcher=events,
         declare=_undeclared(app, producer, route),
         **publish_options(app),
         **route,
@@ -143,8 +229,6 @@ def _route(
         return {"queue": message.queue}
     queue = getattr(getattr(task, "options", None), "queue", None)
     router: Any = app.amqp.router
-    if not queue and not router.routes:
-        return {"queue": app.amqp.default_queue}
     own = {"queue": queue} if queue else {}
     routed = router.route(own, message.func_name, args, kwargs, task_type=task)
     return {key: routed[key] for key in ("queue", "exchange", "routing_key") if routed.get(key) is not None}

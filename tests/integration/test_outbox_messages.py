@@ -1,0 +1,164 @@
+"""What the outbox sends: the same messages and events whether one is written by Celery and kombu or printed."""
+
+import base64
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import redis
+from celery import signals
+
+from llmtasks import sender
+from llmtasks.message import DELIVER, RUN, Message
+from tests.ledger import project_with, queue_length
+from tests.processes import Project
+
+pytestmark = pytest.mark.redis
+
+TASKS = """
+    from llmtasks import task_registry
+
+
+    @task_registry.register(name="add")
+    def add(x, y=0):
+        return x + y
+
+
+    @task_registry.register(name="urgent", priority=1, queue="fast", timeout=60)
+    def urgent(x, y=0):
+        return x
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Any) -> Iterator[Project]:
+    with project_with(tmp_path, TASKS) as project:
+        yield project
+
+
+@pytest.fixture
+def client(project: Project) -> Iterator[Any]:
+    with redis.Redis(unix_socket_path=project.broker.socket, decode_responses=True) as client:
+        yield client
+
+
+def message(name: str, args: list[Any], kwargs: dict[str, Any], **fields: Any) -> Message:
+    options = {"soft_time_limit": 60, "time_limit": 70, **fields.pop("options", {})}
+    row: dict[str, Any] = {
+        "run_id": str(uuid.uuid4()), "kind": RUN, "app": "here", "func_name": name, "args": json.dumps(args),
+        "kwargs": json.dumps(kwargs), "envelope": sender.envelope_of_options(options), "queue": None, "priority": 5,
+        "attempts": 0, "replacement": None, "schedule_id": "s", "reserved_until": datetime.now(UTC),
+    }  # fmt: skip
+    return Message(**{**row, **fields})
+
+
+def watched(project: Project, messages: list[Message]) -> None:
+    """Send while somebody receives a signal of each message: nothing is printed then."""
+    seen: list[Any] = []
+
+    def receive(**told: Any) -> None:
+        seen.append(told)
+
+    signals.after_task_publish.connect(receive)
+    try:
+        assert sender.publish(project.app, messages) == {}
+    finally:
+        signals.after_task_publish.disconnect(receive)
+    assert len(seen) == len(messages)
+
+
+def sent(client: Any, key: str) -> list[dict[str, Any]]:
+    """The messages at a key, oldest first, with their bodies as Celery's tuple and without their own tags."""
+    found: list[dict[str, Any]] = []
+    for text in reversed(client.lrange(key, 0, -1)):
+        item = json.loads(text)
+        item["body"] = json.loads(base64.b64decode(item["body"]))
+        uuid.UUID(item["properties"].pop("delivery_tag"))
+        found.append(item)
+    client.delete(key)
+    return found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"priority": 1},
+        {"queue": "other"},
+        {"attempts": 2},
+        {"kind": DELIVER},
+        {"options": {"root_id": "root", "parent_id": "parent", "shadow": "shown", "link": [{"task": "see"}]}},
+        {"options": {"headers": {"tenant": "blue"}, "ignore_result": True}},
+        {"options": {"stamped_headers": ["tenant"], "tenant": "blue"}},
+        {"options": {"expires": "2030-01-01T00:00:00+00:00"}},
+    ],
+)
+@pytest.mark.parametrize("name", ["add", "urgent", "unknown"])
+def test_message_is_the_one_that_celery_would_have_sent(
+    name: str, fields: dict[str, Any], project: Project, client: Any
+) -> None:
+    """Of all kinds of messages, with all kinds of arguments, the first and those after it."""
+    arguments: list[tuple[list[Any], dict[str, Any]]] = [
+        ([], {}),
+        ([1], {"y": None}),
+        (['it\'s 100 % of %(id)s "<the id of a message>" \\ \n é'], {"y": {"deep": [True, 1.5]}}),
+        (["long" * 500], {}),
+    ]
+    messages = [message(name, args, kwargs, **fields) for args, kwargs in arguments]
+
+    watched(project, messages)
+    keys = [key for key in client.keys("*") if client.type(key) == "list"]
+    expected = {key: sent(client, key) for key in keys}
+    for _ in range(2):
+        assert sender.publish(project.app, messages) == {}
+        assert {key: sent(client, key) for key in keys} == expected
+    assert sum(map(len, expected.values())) == len(messages)
+
+
+def test_sent_events_are_those_of_celery(project: Project) -> None:
+    """Each of its own run, with a time and a clock of its own."""
+    app, events = project.app, list[dict[str, Any]]()
+    messages = [message("add", [number], {}) for number in range(3)]
+    with app.connection_for_read() as connection:
+        receiver: Any = app.events.Receiver(
+            connection, handlers={"task-sent": lambda event: events.append(dict(event))}
+        )
+        with receiver.consumer_context() as (drained, *_):
+
+            def heard(count: int) -> None:
+                while len(events) < count:
+                    drained.drain_events(timeout=30)
+
+            with suppress(TimeoutError):
+                drained.drain_events(timeout=1)  # subscribes
+            watched(project, messages)
+            sender.publish(app, messages)
+            heard(6)
+
+    assert [event["uuid"] for event in events] == [one.run_id for one in messages] * 2
+    assert len({event["clock"] for event in events}) == 6
+    passing = {"timestamp", "clock", "local_received"}
+    by_celery, printed = (
+        [{name: value for name, value in event.items() if name not in passing} for event in some]
+        for some in (events[:3], events[3:])
+    )
+    assert printed == by_celery
+
+
+def test_what_the_app_changes_holds_for_the_next_messages(project: Project) -> None:
+    """Its routes, its default queue, and what its functions say."""
+    app = project.app
+    one = message("add", [1], {})
+    sender.publish(app, [one])
+    app.conf.task_default_queue = "elsewhere"
+    sender.publish(app, [one])
+    app.conf.update(task_routes={"add": {"queue": "by-name"}})
+    sender.publish(app, [one])
+    app.conf.update(task_routes=[lambda name, args, *_, **__: {"queue": f"number-{args[0]}"}])
+    sender.publish(app, [one])
+
+    assert [queue_length(project.broker, queue) for queue in ("celery", "elsewhere", "by-name", "number-1")] == [1] * 4
