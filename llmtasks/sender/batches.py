@@ -143,11 +143,12 @@ class Batch:
         if printed is None or self._announces:
             self._post_by_kombu(producer)
             return
-        with producer.channel.noting() as commands:
+        channel = producer.channel
+        with channel.noting() as commands:
             for headers, (_, _, body) in self._waiting:
-                commands += printed.filled(body, {name: headers[name] for name in BLANKS})
+                commands += printed.filled(channel, body, {name: headers[name] for name in BLANKS})
             self._sent.send(producer, self._events)
-        producer.channel.do(commands)
+        channel.do(commands)
 
     def _post_by_kombu(self, producer: Any) -> None:
         # As kombu finds out (messaging.py:34); its ``supports_batch_publish`` parses the URL again.

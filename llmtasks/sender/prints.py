@@ -38,26 +38,29 @@ def print_of(channel: Any, publish: Callable[[], object], blanks: Iterable[str])
     written: dict[str, Any] = json.loads(commands[0][-1]) if commands and commands[0][0] == "eval" else {}
     if not written or written["properties"]["delivery_info"]["exchange"] or "compression" in written["headers"]:
         return None
-    return Print(channel, commands, written, blanks)
+    body = channel.decode_body(written["body"], channel.body_encoding)
+    return Print(commands, written, blanks, body)
 
 
 class Print:
     """The commands that publish a message, with blanks in its text.
 
     Args:
-        channel: The channel.
-        commands: What it noted: the first one ends with the text.
+        commands: What the channel noted: the first one ends with the text.
         written: The message of that text.
         blanks: What differs.
+        body: The body of that message.
+
+    Attributes:
+        body: The same.
     """
 
     def __init__(
-        self, channel: Any, commands: list[tuple[Any, ...]], written: Mapping[str, Any], blanks: Iterable[str]
+        self, commands: list[tuple[Any, ...]], written: Mapping[str, Any], blanks: Iterable[str], body: Any
     ) -> None:
         *self._command, text = commands[0]
         self._others = commands[1:]
-        self.channel = channel
-        self.body = channel.decode_body(written["body"], channel.body_encoding)
+        self.body = body
         texts = {blank(name): name for name in blanks}
         texts |= {written["body"]: "body", written["properties"]["delivery_tag"]: "delivery_tag"}
         text = text.replace("%", "%%")
@@ -65,9 +68,8 @@ class Print:
             text = text.replace(dumps(stands), f"%({name})s")
         self._text = text
 
-    def filled(self, body: Any, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        """The commands for one message: its body as it is serialized, and what is in the blanks."""
-        channel = self.channel
+    def filled(self, channel: Any, body: Any, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """The commands for one message on the channel: its body as it is serialized, and what is in the blanks."""
         written = {name: _json(value) for name, value in values.items()}
         written["body"] = _json(channel.encode_body(body, channel.body_encoding)[0])
         written["delivery_tag"] = _json(channel._next_delivery_tag())

@@ -92,7 +92,8 @@ def send_one(app: celery.Celery, way: Way, message: Message) -> None:
         return
     values: dict[str, Any] = dict(zip(_BLANKS, (message.run_id, *shown), strict=True))
     _, _, body = serialize((args, kwargs, printed.embed), serializer="json")
-    producer.channel.note(printed.print.filled(body, values))
+    channel = producer.channel
+    channel.note(printed.print.filled(channel, body, values))
     if printed.told is not None:
         ids = {"uuid": message.run_id, "root_id": message.run_id}
         way.sent.publish("task-sent", {**printed.told, **ids, "args": shown[0], "kwargs": shown[1]}, producer)

@@ -2,13 +2,16 @@
 
 import asyncio
 import base64
+import gc
 import itertools
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import kombu.pools
 import pytest
 import redis
 from celery import Celery, signals
@@ -481,3 +484,20 @@ def test_messages_of_a_batch_keep_their_order(project: Project, tasks: Any, clie
         for priority, key in ((0, queue), (1, f"{queue}\x06\x161")):
             found = [item["body"]["n"] for item in messages(client, key)]
             assert found == list(range(priority, 1500, 2))
+
+
+def test_closed_channels_are_not_kept(project: Project, tasks: Any) -> None:
+    """What was written down for one is forgotten with it."""
+    app: Any = project.app
+    tasks["add"].delay(1)
+    with app.producer_or_acquire() as producer:
+        channel = weakref.ref(producer.channel)
+    del producer
+
+    kombu.pools.reset()
+    app.amqp._producer_pool = app._pool = None
+    tasks["add"].delay(2)
+
+    gc.collect()
+    assert channel() is None
+    assert queue_length(project.broker) == 2
