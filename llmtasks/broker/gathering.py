@@ -39,14 +39,18 @@ class PublishBatch(_StockBatch):  # type: ignore[misc]  # Any as a base, see abo
 
 
 class Gathering:
-    """A pipeline that gathers what ``scripts.PUT`` puts; all else it hands on."""
+    """A pipeline that gathers what ``scripts.PUT`` puts, and sends all else after it."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self._texts: dict[tuple[str, str], list[str]] = {}
+        self._others: list[Command] = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
+        def add(*arguments: Any) -> None:
+            self._others.append((name, *arguments))
+
+        return add
 
     def eval(self, _script: str, _keys: int, key: str, wake_key: str, text: str) -> None:
         """Gather a message."""
@@ -57,12 +61,16 @@ class Gathering:
         for (key, wake_key), texts in self._texts.items():
             for piece in _pieces(texts):
                 self._pipeline.eval(scripts.PUT, 2, key, wake_key, *piece)
+        for name, *arguments in self._others:
+            getattr(self._pipeline, name)(*arguments)
         self._texts.clear()
+        self._others.clear()
         return self._pipeline.execute()
 
     def reset(self) -> None:
         """Forget it."""
         self._texts.clear()
+        self._others.clear()
         self._pipeline.reset()
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -999,3 +999,16 @@ def test_remote_control_works_over_it(project: Project) -> None:
     assert project.python(code) == f"['{worker.name}@test']\n"
     project.environ["LLMTASKS_REDIS_TRANSPORT"] = "stock"
     assert project.python(code) == f"['{worker.name}@test']\n"
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_queue_that_expires_does_so_from_its_first_message_on(
+    batched: bool, server: Valkey, client: redis.Redis
+) -> None:
+    """Its time to live is set once it is there."""
+    with connect(server) as connection, connection.Producer() as producer:
+        name = f"passing {batched}"
+        queue = Queue(name, expires=500)
+        with producer.batch() if batched else nullcontext():
+            producer.publish("a", routing_key=name, declare=[queue])
+        assert 490 < client.ttl(name) <= 500
