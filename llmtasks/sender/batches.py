@@ -11,7 +11,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Mapping
-from types import FunctionType
 from typing import Any, Final
 
 import celery
@@ -19,7 +18,8 @@ from kombu import exceptions
 from kombu.serialization import dumps
 
 from llmtasks.sender.envelope import SENT_HEADER
-from llmtasks.sender.forms import BLANKS, desk_of, form_of, is_watched, watches_arguments
+from llmtasks.sender.forms import BLANKS, desk_of, form_of
+from llmtasks.sender.prints import can_print, is_own, is_watched, watches_arguments
 
 #: Options of ``apply_async`` that say the same of all messages of a call. With any other, Celery sends one by one.
 SHARED: Final = frozenset(
@@ -50,8 +50,8 @@ def is_shared(task: Any, options: Mapping[str, Any], *, many: bool = False) -> b
         and task._dump_pydantic_arguments is None
         and not is_watched()
         and app.amqp.create_task_message == app.amqp.as_task_v2
-        and _is_own(_celery.Task.apply_async)
-        and _is_own(getattr(app.send_task, "__func__", app.send_task))
+        and is_own(_celery.Task.apply_async)
+        and is_own(getattr(app.send_task, "__func__", app.send_task))
         and not (many and watches_arguments(app))
     )
 
@@ -139,14 +139,18 @@ class Batch:
             # kombu copies an entity each time to find that out (common.py:117).
             if hash(entity) not in declared:
                 producer.maybe_declare(entity)
-        printed = self._form.print_on(producer, len(self._waiting))
-        if printed is None or self._announces:
+        printed = None
+        if self._waiting and not self._announces and can_print(self._app, producer):
+            content_type, encoding, _ = self._waiting[0][1]
+            content = {"content_type": content_type, "content_encoding": encoding}
+            printed = self._form.print_on(producer, len(self._waiting), content)
+        if printed is None:
             self._post_by_kombu(producer)
             return
         channel = producer.channel
         with channel.noting() as commands:
             for headers, (_, _, body) in self._waiting:
-                commands += printed.filled(channel, body, {name: headers[name] for name in BLANKS})
+                printed.note(channel, body, {name: headers[name] for name in BLANKS})
             self._sent.send(producer, self._events)
         channel.do(commands)
 
@@ -186,8 +190,3 @@ def _shown(value: Any, parts: Any) -> str | None:
         elif kind is not int and kind is not float and kind is not bool and part is not None:
             return None
     return repr(value)
-
-
-def _is_own(function: Any) -> bool:
-    """Whether a function of Celery is what Celery defined, with nothing around it."""
-    return isinstance(function, FunctionType) and function.__globals__["__name__"].startswith("celery.")

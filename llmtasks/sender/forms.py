@@ -12,12 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from celery import signals
-from celery.app.routes import MapRoute
-from kombu.serialization import dumps as serialize
-
 from llmtasks.sender.envelope import SENT_HEADER
-from llmtasks.sender.prints import Print, Recorder, blank, print_of
+from llmtasks.sender.prints import Press, Print, blank, print_of, watches_arguments
 from llmtasks.sender.sent_events import SentEvents
 
 #: Headers that differ from one message of a form to the next.
@@ -28,11 +24,6 @@ _OF_CALL: Final = frozenset({"add_to_parent", "shadow"})
 _PLAIN: Final = frozenset({bool, float, int, str, type(None)})
 #: Kept forms of one app and thread.
 _MOST: Final = 256
-#: Messages for which a form that is not kept is printed: that takes as long as sending some.
-_MANY: Final = 5
-
-_WATCHED: Final = (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
-
 _local = threading.local()
 
 
@@ -58,33 +49,31 @@ def form_of(desk: Desk, task: Any, options: Mapping[str, Any], args: Any, kwargs
     """The form of a task's messages; kept where plain options say all."""
     app = task.app
     plain = {name: value for name, value in options.items() if name not in _OF_CALL}
-    if watches_arguments(app) or not _PLAIN.issuperset(map(type, plain.values())):
+    route = route_of(app, task.name, task)
+    if route is None or not _PLAIN.issuperset(map(type, plain.values())):
         return Form(desk, task, plain, args, kwargs)
-    key = (task.name, task.ignore_result, app.conf.task_default_queue, *plain.items())
+    key = (task.name, task.ignore_result, app.conf.task_default_queue, route, *plain.items())
     found = desk.forms.get(key)
     if found is None or not found.holds_for(task):
         if len(desk.forms) >= _MOST:
             desk.forms.clear()
         found = desk.forms[key] = Form(desk, task, plain, args, kwargs)
-        found.kept = True
     return found
 
 
-def is_watched() -> bool:
-    """Whether anybody looks at each message, or changes it, before it is sent, or hears when it was."""
-    return any(signal.receivers for signal in _WATCHED)
-
-
-def watches_arguments(app: Any) -> bool:
-    """Whether a router may look at the arguments of each message."""
-    return any(not isinstance(router, MapRoute) for router in app.amqp.router.routes)
+def route_of(app: Any, name: str, task: Any) -> tuple[Any, ...] | None:
+    """What the app's routes say of a function's messages, to be compared; None where more than plain values do."""
+    if watches_arguments(app):
+        return None
+    router = app.amqp.router
+    route = (router.lookup_route(name, (), {}, {}, task) or {}) if router.routes else {}
+    return tuple(route.items()) if _PLAIN.issuperset(map(type, route.values())) else None
 
 
 class Form:
     """How the messages of one task with the same options are sent.
 
     Attributes:
-        kept: Whether it serves later calls too.
         ignore_result: Whether their results are not stored.
         how: What ``Producer.publish`` is told of all of them.
         headers: Headers that all of them have beside Celery's own.
@@ -96,7 +85,6 @@ class Form:
     """
 
     def __init__(self, desk: Desk, task: Any, options: Mapping[str, Any], args: Any, kwargs: Any) -> None:
-        self.kept = False
         amqp = task.app.amqp
         own = {name: value for name, value in task._get_exec_options().items() if value is not None}
         given = {**own, **options}
@@ -121,7 +109,7 @@ class Form:
         told: Any = event.args[1]
         self.where = {name: told.get(name) for name in ("queue", "exchange", "routing_key")}
         self._queue = self._queues.get(self.where["queue"])
-        self._prints: WeakKeyDictionary[Any, Print | None] = WeakKeyDictionary()
+        self._press: Press[Print] = Press()
 
     def holds_for(self, task: Any) -> bool:
         """Whether the app still sends these messages so."""
@@ -148,21 +136,29 @@ class Form:
             **options,
         )
 
-    def print_on(self, producer: Any, count: int) -> Print | None:
-        """The print of these messages for a producer's channel; None where there is none, or ``count`` are too few."""
-        if not self.kept and count < _MANY:
-            return None
-        channel = producer.channel
-        if channel not in self._prints:
-            self._prints[channel] = self._printed(producer)
-        return self._prints[channel]
+    def print_on(self, producer: Any, count: int, content: Mapping[str, str]) -> Print | None:
+        """The print of these messages, of which ``count`` are next, all of one type of content; None if there is none.
 
-    def _printed(self, producer: Any) -> Print | None:
+        Where it differs, ``can_print`` says so.
+        """
+        return self._press.made_for(producer.channel, count, lambda: self._print(producer, content))
+
+    def _print(self, producer: Any, content: Mapping[str, str]) -> Print | None:
         headers = {**self.message("", (), {}).headers, **self.headers, **{name: blank(name) for name in BLANKS}}
-        content_type, encoding, _ = serialize((), serializer=self.serializer)
 
         def publish() -> None:
-            content = {"content_type": content_type, "content_encoding": encoding}
             producer.publish(blank("body"), **self.how, **content, correlation_id=blank("id"), headers=headers)
 
         return print_of(producer.channel, publish, BLANKS)
+
+
+class Recorder:
+    """Stands for a producer, or an event dispatcher, and keeps what it was to publish."""
+
+    def __init__(self) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.options: dict[str, Any] = {}
+
+    def publish(self, *args: Any, **options: Any) -> None:
+        """Keep it."""
+        self.args, self.options = args, options

@@ -80,7 +80,7 @@ def publish(app: celery.Celery, messages: Sequence[Message]) -> dict[str, Except
 def _in_one_go(producer: Any) -> Generator[None]:
     """What is published inside goes in one round trip, where the transport can."""
     channel = producer.channel
-    if not hasattr(channel, "noting"):
+    if not (hasattr(channel, "noting") and channel.supports_batch_publish):
         with producer.batch(max_size=BATCH_SIZE):
             yield
         return

@@ -5,7 +5,6 @@ Most of what a beat sends differs from the message before it in ids and argument
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,9 +16,9 @@ from kombu.serialization import dumps as serialize
 
 from llmtasks.message import Message
 from llmtasks.sender.envelope import DELIVER_HEADER, read
-from llmtasks.sender.forms import is_watched, watches_arguments
+from llmtasks.sender.forms import Recorder, route_of
 from llmtasks.sender.jsontext import loads
-from llmtasks.sender.prints import Print, Recorder, blank, print_of
+from llmtasks.sender.prints import Press, Print, blank, can_print, print_of
 from llmtasks.sender.priority import native_priority
 from llmtasks.sender.rabbitmq import publish_options
 from llmtasks.sender.sent_events import SentEvents
@@ -32,15 +31,15 @@ SHORT: Final = 200
 _SHARED: Final = frozenset({"origin", "reply_to", "soft_time_limit", "time_limit"})
 #: What differs among messages that share everything else, beside their bodies.
 _BLANKS: Final = ("id", "argsrepr", "kwargsrepr")
-#: Prints of one thread.
+#: Kinds of messages that are known of one app and thread.
 _MOST: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Printed:
-    """What messages share: their print, the end of their bodies, and what their events say."""
+class _Alike:
+    """What messages of one kind have in common: their text, the end of their bodies, and what their events say."""
 
-    print: Print
+    text: Print
     embed: Any
     told: dict[str, Any] | None
 
@@ -52,20 +51,20 @@ class Way:
     pid: int
     producer: Any
     sent: SentEvents
-    #: By what messages share; None where they cannot be printed.
-    prints: dict[tuple[Any, ...], _Printed | None] = field(default_factory=dict)
-    #: Whether any can be.
-    can_print: bool = False
+    #: By kind of message.
+    presses: dict[tuple[Any, ...], Press[_Alike]] = field(default_factory=dict)
+    #: Whether messages may be printed now.
+    prints: bool = False
     #: What of the app they depend on.
     app_has: tuple[Any, ...] = ()
 
     def look_at(self, app: celery.Celery) -> None:
-        """Forget the prints of what the app does otherwise by now."""
+        """Forget what the app does otherwise by now."""
         amqp, conf = app.amqp, app.conf
         has = (amqp.router, amqp.queues, conf.task_default_queue, conf.task_send_sent_event)
-        self.can_print = hasattr(self.producer.channel, "note") and not is_watched() and not watches_arguments(app)
-        if has != self.app_has or len(self.prints) > _MOST:
-            self.prints.clear()
+        self.prints = can_print(app, self.producer)
+        if has != self.app_has or len(self.presses) > _MOST:
+            self.presses.clear()
             self.app_has = has
 
 
@@ -86,42 +85,42 @@ def send_one(app: celery.Celery, way: Way, message: Message) -> None:
         return  # nothing is left to send
     args, kwargs = loads(message.args or "[]"), loads(message.kwargs or "{}")
     shown = _shown(tuple(args), message.args), _shown(kwargs, message.kwargs)
-    printed = None if None in shown else _printed(app, way, message)
-    if printed is None:
+    plain = type(args) is list and type(kwargs) is dict and None not in shown
+    alike = _alike(app, way, message) if plain else None
+    if alike is None:
         _send(app, way, message, args, kwargs, shown, way.sent)
         return
-    values: dict[str, Any] = dict(zip(_BLANKS, (message.run_id, *shown), strict=True))
-    _, _, body = serialize((args, kwargs, printed.embed), serializer="json")
-    channel = producer.channel
-    channel.note(printed.print.filled(channel, body, values))
-    if printed.told is not None:
+    _, _, body = serialize((args, kwargs, alike.embed), serializer="json")
+    alike.text.note(producer.channel, body, dict(zip(_BLANKS, (message.run_id, *shown), strict=True)))
+    if alike.told is not None:
         ids = {"uuid": message.run_id, "root_id": message.run_id}
-        way.sent.publish("task-sent", {**printed.told, **ids, "args": shown[0], "kwargs": shown[1]}, producer)
+        way.sent.publish("task-sent", {**alike.told, **ids, "args": shown[0], "kwargs": shown[1]}, producer)
 
 
-def _printed(app: celery.Celery, way: Way, message: Message) -> _Printed | None:
-    """The print for a message; None where it is one of a kind."""
-    if not way.can_print or message.delivers or message.attempts:
+def _alike(app: celery.Celery, way: Way, message: Message) -> _Alike | None:
+    """What a message has in common with others; None where it is one of a kind, or the first of its kind."""
+    if not way.prints or message.delivers or message.attempts:
         return None
-    options = read(message.envelope or "").get("options", {})
-    if not _SHARED.issuperset(options):
+    if not _SHARED.issuperset(read(message.envelope or "").get("options", {})):
         return None
     task = app.tasks.get(message.func_name)
+    route = route_of(app, message.func_name, task)
+    if route is None:
+        return None
     own = getattr(task, "ignore_result", None), getattr(getattr(task, "options", None), "queue", None)
-    key = (message.func_name, message.envelope, message.queue, message.priority, *own)
-    if key not in way.prints:
-        way.prints[key] = _print(app, way, message)
-    return way.prints[key]
+    key = (message.func_name, message.envelope, message.queue, message.priority, *own, route)
+    press = way.presses.get(key)
+    if press is None:
+        press = way.presses[key] = Press()
+    return press.made_for(way.producer.channel, 1, lambda: _made(app, way, message))
 
 
-def _print(app: celery.Celery, way: Way, message: Message) -> _Printed | None:
+def _made(app: celery.Celery, way: Way, message: Message) -> _Alike | None:
     sample, shown = replace(message, run_id=blank("id")), (blank("argsrepr"), blank("kwargsrepr"))
     events = Recorder()
-    send = partial(_send, app, way, sample, (), {}, shown, events)
-    printed = print_of(way.producer.channel, send, _BLANKS)
-    if printed is None:
-        return None
-    return _Printed(printed, json.loads(printed.body)[2], events.args[1] if events.args else None)
+    text = print_of(way.producer.channel, partial(_send, app, way, sample, (), {}, shown, events), _BLANKS)
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    return None if text is None else _Alike(text, embed, events.args[1] if events.args else None)
 
 
 def _send(

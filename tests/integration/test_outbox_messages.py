@@ -46,7 +46,7 @@ def client(project: Project) -> Iterator[Any]:
         yield client
 
 
-def message(name: str, args: list[Any], kwargs: dict[str, Any], **fields: Any) -> Message:
+def message(name: str, args: Any, kwargs: Any, **fields: Any) -> Message:
     options = {"soft_time_limit": 60, "time_limit": 70, **fields.pop("options", {})}
     row: dict[str, Any] = {
         "run_id": str(uuid.uuid4()), "kind": RUN, "app": "here", "func_name": name, "args": json.dumps(args),
@@ -113,7 +113,7 @@ def test_message_is_the_one_that_celery_would_have_sent(
     watched(project, messages)
     keys = [key for key in client.keys("*") if client.type(key) == "list"]
     expected = {key: sent(client, key) for key in keys}
-    for _ in range(2):
+    for _ in range(3):
         assert sender.publish(project.app, messages) == {}
         assert {key: sent(client, key) for key in keys} == expected
     assert sum(map(len, expected.values())) == len(messages)
@@ -122,7 +122,7 @@ def test_message_is_the_one_that_celery_would_have_sent(
 def test_sent_events_are_those_of_celery(project: Project) -> None:
     """Each of its own run, with a time and a clock of its own."""
     app, events = project.app, list[dict[str, Any]]()
-    messages = [message("add", [number], {}) for number in range(3)]
+    messages = [message("add", [number], {}) for number in range(9)]
     with app.connection_for_read() as connection:
         receiver: Any = app.events.Receiver(
             connection, handlers={"task-sent": lambda event: events.append(dict(event))}
@@ -137,14 +137,14 @@ def test_sent_events_are_those_of_celery(project: Project) -> None:
                 drained.drain_events(timeout=1)  # subscribes
             watched(project, messages)
             sender.publish(app, messages)
-            heard(6)
+            heard(18)
 
     assert [event["uuid"] for event in events] == [one.run_id for one in messages] * 2
-    assert len({event["clock"] for event in events}) == 6
+    assert len({event["clock"] for event in events}) == 18
     passing = {"timestamp", "clock", "local_received"}
     by_celery, printed = (
         [{name: value for name, value in event.items() if name not in passing} for event in some]
-        for some in (events[:3], events[3:])
+        for some in (events[:9], events[9:])
     )
     assert printed == by_celery
 
@@ -152,13 +152,29 @@ def test_sent_events_are_those_of_celery(project: Project) -> None:
 def test_what_the_app_changes_holds_for_the_next_messages(project: Project) -> None:
     """Its routes, its default queue, and what its functions say."""
     app = project.app
-    one = message("add", [1], {})
-    sender.publish(app, [one])
-    app.conf.task_default_queue = "elsewhere"
-    sender.publish(app, [one])
-    app.conf.update(task_routes={"add": {"queue": "by-name"}})
-    sender.publish(app, [one])
-    app.conf.update(task_routes=[lambda name, args, *_, **__: {"queue": f"number-{args[0]}"}])
-    sender.publish(app, [one])
+    many = [message("add", [1], {}) for _ in range(7)]
+    routes = {"add": {"queue": "by-name"}}
 
-    assert [queue_length(project.broker, queue) for queue in ("celery", "elsewhere", "by-name", "number-1")] == [1] * 4
+    sender.publish(app, many)
+    app.conf.task_default_queue = "elsewhere"
+    sender.publish(app, many)
+    app.conf.update(task_routes=routes)
+    sender.publish(app, many)
+    routes["add"]["queue"] = "by-another-name"
+    sender.publish(app, many)
+    app.conf.update(task_routes=[lambda name, args, *_, **__: {"queue": f"number-{args[0]}"}])
+    sender.publish(app, many)
+
+    for queue in ("celery", "elsewhere", "by-name", "by-another-name", "number-1"):
+        assert queue_length(project.broker, queue) == 7
+
+
+def test_arguments_of_the_wrong_kind_are_told(project: Project) -> None:
+    """Those of one message, also where others like it were sent; the others are."""
+    good = [message("add", [1], {}) for _ in range(9)]
+    bad = [message("add", [1], [1]), message("add", {"x": 1}, {})]
+
+    refused = sender.publish(project.app, [*good, *bad, *good])
+
+    assert {run_id: type(error) for run_id, error in refused.items()} == {one.run_id: TypeError for one in bad}
+    assert queue_length(project.broker) == 18

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import kombu
 import kombu.pools
 import pytest
 import redis
 from celery import Celery, signals
 from celery._state import _task_stack
 
+from llmtasks import aside
 from llmtasks.errors import BrokerUnavailableError, DuplicateRunError, InvalidOptionError, InvalidParamsError
 from llmtasks.states import RunState
 from tests.ledger import Ledger, project_with, queue_length
@@ -109,21 +111,22 @@ def test_message_is_the_one_that_celery_would_have_sent(
         return
 
     text = options.pop("text", "a")
-    tasks[name].apply_async((text,), **options)
-    tasks[name].apply_async((text,), **options)  # what could be found out before was found out before
+    for _ in range(7):  # what could be found out before was found out before
+        tasks[name].apply_async((text,), **options)
     tasks[name].map_delay([text, (text,)], **options)
+    tasks[name].map_delay([text] * 6, **options)
     watched(lambda: tasks[name].apply_async((text,), **options))
     watched(lambda: tasks[name].map_delay([text], **options))
 
     (key,) = [key for key in client.keys("*") if client.type(key) == "list"]
     found = messages(client, key)
-    assert len(found) == 6
-    assert found == [found[-1]] * 6
+    assert len(found) == 17
+    assert found == [found[-1]] * 17
 
 
 def test_message_of_a_running_task_names_its_parent(project: Project, tasks: Any, client: Any) -> None:
     """Each of its own, whatever was sent before."""
-    tasks["add"].delay(0)
+    tasks["add"].map_delay([0] * 9)
     for number in range(2):
         tasks["add"].push_request(id=f"parent {number}", root_id=f"root {number}", called_directly=False)
         _task_stack.push(tasks["add"])
@@ -135,7 +138,7 @@ def test_message_of_a_running_task_names_its_parent(project: Project, tasks: Any
             tasks["add"].pop_request()
     tasks["add"].delay(0)
 
-    sent = [json.loads(text)["headers"] for text in reversed(client.lrange("celery\x06\x164", 0, -1))]
+    sent = [json.loads(text)["headers"] for text in reversed(client.lrange("celery\x06\x164", 0, -1))][8:]
     assert [(item["root_id"] == item["id"], item["parent_id"]) for item in (sent[0], sent[-1])] == [(True, None)] * 2
     assert [(item["root_id"], item["parent_id"]) for item in sent[1:-1]] == [
         ("root 0", "parent 0"), ("root 0", "parent 0"), ("root 1", "parent 1"), ("root 1", "parent 1")
@@ -145,19 +148,26 @@ def test_message_of_a_running_task_names_its_parent(project: Project, tasks: Any
 def test_what_the_app_changes_holds_for_the_next_message(project: Project, tasks: Any, client: Any) -> None:
     """What was found out for the messages before is found out again."""
     add, app = tasks["add"], project.app
-    for _ in range(2):
-        add.delay(1)
-        add.ignore_result = True
+    routes = {"add": {"queue": "by-name"}}
+
+    def send() -> None:
+        for _ in range(7):
+            add.delay(1)
+
+    send()
+    add.ignore_result = True
+    send()
     app.conf.task_default_queue = "elsewhere"
-    add.delay(1)
-    app.conf.task_routes = {"add": {"queue": "by-name"}}
-    app.conf.update(task_routes={"add": {"queue": "by-another-name"}})
-    add.delay(1)
+    send()
+    app.conf.update(task_routes=routes)
+    send()
+    routes["add"]["queue"] = "by-another-name"
+    send()
 
     sent = [json.loads(text)["headers"] for text in reversed(client.lrange("celery\x06\x164", 0, -1))]
-    assert [item["ignore_result"] for item in sent] == [False, True]
-    assert queue_length(project.broker, "elsewhere") == 1
-    assert queue_length(project.broker, "by-another-name") == 1
+    assert [item["ignore_result"] for item in sent] == [False] * 7 + [True] * 7
+    for queue in ("elsewhere", "by-name", "by-another-name"):
+        assert queue_length(project.broker, queue) == 7
 
 
 def test_routes_of_the_app_decide_where_messages_go(project: Project, tasks: Any) -> None:
@@ -215,6 +225,45 @@ def test_publish_signals_and_what_is_wrapped_around_celery_see_each_message(
     tasks["add"].delay(1)
     tasks["add"].map_delay([2, 3])
     assert wrapped == ["add"] * 3
+
+
+def test_what_is_wrapped_around_kombu_sees_each_message(
+    project: Project, tasks: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And may change its headers; from the moment in which it is there to that in which it is not."""
+    original, seen = kombu.Producer._publish, list[str]()
+
+    def _publish(self: Any, body: Any, priority: Any, kind: Any, encoding: Any, headers: Any, *rest: Any) -> Any:
+        seen.append("")
+        headers = {**headers, "trace": f"number {len(seen)}"}
+        return original(self, body, priority, kind, encoding, headers, *rest)
+
+    def send() -> None:
+        tasks["add"].map_delay(range(3))
+        tasks["add"].delay(3)
+
+    project.app.conf.task_send_sent_event = False
+    for _ in range(3):
+        send()
+    with monkeypatch.context() as patch:
+        patch.setattr(kombu.Producer, "_publish", _publish)
+        send()
+    send()
+
+    found = [item["headers"].get("trace") for item in messages(client, "celery\x06\x164")]
+    assert found == [*[None] * 12, *(f"number {number}" for number in (1, 2, 3, 4)), *[None] * 4]
+
+
+def test_client_that_repeats_commands_sends_messages_one_by_one(tmp_path: Any) -> None:
+    """With ``retry_on_timeout`` redis-py sends again what may have arrived: one message at most, as kombu has it."""
+    with project_with(tmp_path, TASKS) as project:
+        project.app.conf.broker_transport_options["retry_on_timeout"] = True
+        task: Any = project.app.tasks["add"]
+        with redis.Redis(unix_socket_path=project.broker.socket, decode_responses=True) as client:
+            task.map_delay(range(20))
+            before = commands(client)
+            task.map_delay(range(20))
+            assert commands(client)["eval"] - before["eval"] == 20
 
 
 def test_sent_events_are_those_of_celery(project: Project, tasks: Any) -> None:
@@ -422,6 +471,22 @@ async def test_adelay_does_not_hold_up_the_event_loop(project: Project, tasks: A
     late, own = await least_lag_while(refused, 4)
     assert own < 0.030
     assert late < 0.1
+
+
+async def test_thread_that_could_not_be_started_is_started_by_the_next_call(
+    tasks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks while the system has no thread to give hears of it; nobody waits for what will not come."""
+    aside._forget_thread()
+
+    def start(_thread: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await tasks["add"].adelay(1)
+    assert (await asyncio.wait_for(tasks["add"].adelay(1), 20)).id
 
 
 async def test_broker_that_is_away_takes_no_thread_of_anybody_else(project: Project, tasks: Any) -> None:
