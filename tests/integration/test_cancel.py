@@ -98,8 +98,8 @@ def worker(project: Project) -> CeleryProcess:
 
 
 def consume(project: Project, queue: str) -> None:
-    """Have the worker take the messages of one more queue."""
-    project.app.control.add_consumer(queue, reply=True)
+    """Have the worker take the messages of one more queue; one that has just begun does not hear of it at once."""
+    wait_until(lambda: project.app.control.add_consumer(queue, reply=True), 30, f"a worker consumes {queue}")
 
 
 def test_queued_run_that_is_cancelled_never_starts(project: Project, tasks: Any, ledger: Ledger) -> None:
