@@ -24,6 +24,7 @@ _OF_CALL: Final = frozenset({"add_to_parent", "shadow"})
 _PLAIN: Final = frozenset({bool, float, int, str, type(None)})
 #: Kept forms of one app and thread.
 _MOST: Final = 256
+
 _local = threading.local()
 
 
@@ -137,9 +138,12 @@ class Form:
         )
 
     def print_on(self, producer: Any, count: int, content: Mapping[str, str]) -> Print | None:
-        """The print of these messages, of which ``count`` are next, all of one type of content; None if there is none.
+        """The print of these messages for a producer's channel; None where there is none.
 
-        Where it differs, ``can_print`` says so.
+        Args:
+            producer: One with which ``can_print``.
+            count: How many are sent now.
+            content: The type and the encoding of their bodies.
         """
         return self._press.made_for(producer.channel, count, lambda: self._print(producer, content))
 

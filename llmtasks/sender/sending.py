@@ -31,16 +31,17 @@ SHORT: Final = 200
 _SHARED: Final = frozenset({"origin", "reply_to", "soft_time_limit", "time_limit"})
 #: What differs among messages that share everything else, beside their bodies.
 _BLANKS: Final = ("id", "argsrepr", "kwargsrepr")
+#: What their bodies say of links, chains and chords.
+_EMBED: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 #: Kinds of messages that are known of one app and thread.
 _MOST: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """What messages of one kind have in common: their text, the end of their bodies, and what their events say."""
+    """What messages of one kind have in common: their text, and what their events say."""
 
     text: Print
-    embed: Any
     told: dict[str, Any] | None
 
 
@@ -90,7 +91,7 @@ def send_one(app: celery.Celery, way: Way, message: Message) -> None:
     if alike is None:
         _send(app, way, message, args, kwargs, shown, way.sent)
         return
-    _, _, body = serialize((args, kwargs, alike.embed), serializer="json")
+    _, _, body = serialize((args, kwargs, _EMBED), serializer="json")
     alike.text.note(producer.channel, body, dict(zip(_BLANKS, (message.run_id, *shown), strict=True)))
     if alike.told is not None:
         ids = {"uuid": message.run_id, "root_id": message.run_id}
@@ -119,8 +120,7 @@ def _made(app: celery.Celery, way: Way, message: Message) -> _Alike | None:
     sample, shown = replace(message, run_id=blank("id")), (blank("argsrepr"), blank("kwargsrepr"))
     events = Recorder()
     text = print_of(way.producer.channel, partial(_send, app, way, sample, (), {}, shown, events), _BLANKS)
-    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-    return None if text is None else _Alike(text, embed, events.args[1] if events.args else None)
+    return None if text is None else _Alike(text, events.args[1] if events.args else None)
 
 
 def _send(

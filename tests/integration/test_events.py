@@ -1,13 +1,11 @@
 """Events of tasks leave the worker in groups: none is missing, also where the broker or the worker goes away."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
 
 import pytest
 
 from tests.ledger import Ledger, on_pools
+from tests.listening import listening
 from tests.processes import Project
 from tests.waiting import wait_until
 
@@ -32,31 +30,6 @@ pool, project = on_pools(TASKS, "asyncio", "prefork", "threads")
 pytestmark = pytest.mark.redis
 
 
-class Heard:
-    """The events that arrive while a receiver listens."""
-
-    def __init__(self, events: Any) -> None:
-        self._events = events
-        self.all: list[dict[str, Any]] = []
-
-    def of(self, run_id: str) -> list[str]:
-        """The kinds of a run's events in the order in which they came."""
-        with suppress(TimeoutError):
-            self._events.drain_events(timeout=0.1)
-        return [event["type"] for event in self.all if event.get("uuid") == run_id]
-
-
-@contextmanager
-def listening(project: Project) -> Iterator[Heard]:
-    app = project.app
-    with app.connection_for_read() as connection:
-        receiver: Any = app.events.Receiver(connection, handlers={"*": lambda event: heard.all.append(dict(event))})
-        with receiver.consumer_context() as (events, *_):
-            heard = Heard(events)
-            heard.of("nobody")  # subscribes
-            yield heard
-
-
 TOLD = ["task-received", "task-started", "task-succeeded"]
 
 
@@ -65,9 +38,15 @@ def test_every_run_is_told_of(project: Project) -> None:
     with listening(project) as heard:
         worker = project.worker(concurrency=20)
         results = project.app.tasks["quick"].map_delay([(number,) for number in range(600)])
-        wait_until(lambda: heard.of(results[-1].id)[-1:] == TOLD[-1:], 60, "the last run to be told of")
-        for result in results:
-            wait_until(lambda id=result.id: [kind for kind in heard.of(id) if kind != "task-sent"] == TOLD, 30, "all")
+
+        def told() -> bool:
+            kinds: dict[str, list[str]] = {result.id: [] for result in results}
+            for event in heard.now():
+                if event.get("uuid") in kinds and event["type"] != "task-sent":
+                    kinds[event["uuid"]].append(event["type"])
+            return all(of_one == TOLD for of_one in kinds.values())
+
+        wait_until(told, 90, "every run to be told of")
         worker.terminate()
 
 
